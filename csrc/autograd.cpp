@@ -1,0 +1,274 @@
+// First and second order autograd: each operator's backward calls the operator of the next order. The last,
+// *_backward, differentiate the plain Python version and so hold to any order (ilvae_fast/ops.py).
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+#include "problem.h"
+
+namespace ilvae::ops {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// Arguments of a call that autograd does not see.
+struct Static {
+  std::vector<int64_t> activations;
+  std::vector<double> parameters;
+  bool want_potential = false, want_map = false;
+  int64_t wanted = 0;
+  OptionalType product_dtype;
+  std::vector<Tensor> saved;
+
+  void store(AutogradContext* ctx) const {
+    auto& data = ctx->saved_data;
+    data["activations"] = activations;
+    data["parameters"] = parameters;
+    data["wanted"] = wanted;
+    data["product_dtype"] = product_dtype;
+  }
+  static Static load(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    Static s;
+    s.activations = data["activations"].toIntVector();
+    s.parameters = data["parameters"].toDoubleVector();
+    s.wanted = data["wanted"].toInt();
+    s.product_dtype = data["product_dtype"].toOptional<at::ScalarType>();
+    return s;
+  }
+};
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// Whether autograd has to see a call. Forward mode never can: that is what the Python functions are for.
+template <class... Tensors>
+bool records(const char* name, at::TensorList weights, const Tensors&... tensors) {
+  bool requires_grad = false;
+  const auto look = [&](const Tensor& t) {
+    if (!t.defined()) return;
+    TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(), name,
+                                ": the operator itself has no forward-mode derivative; call it through "
+                                "ilvae_fast.functional or a layer, which have one");
+    requires_grad = requires_grad || t.requires_grad();
+  };
+  for (const auto& w : weights) look(w);
+  (look(tensors), ...);
+  return requires_grad && at::GradMode::is_enabled();
+}
+
+// Runs `call` with autocast off: a backward pass computes in the dtypes of its forward pass.
+template <class Call>
+auto without_autocast(const Call& call) {
+  c10::impl::ExcludeDispatchKeyGuard off(c10::autocast_dispatch_keyset);
+  return call();
+}
+
+// Runs `call` so that autograd sees it only under create_graph.
+template <class Call>
+auto at_next_order(const Call& call) {
+  return without_autocast([&] {
+    if (at::GradMode::is_enabled()) return call();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return call();
+  });
+}
+
+// Bit i says whether edge i of a node, counted over its defined tensor arguments, is asked for.
+class Edges {
+ public:
+  explicit Edges(AutogradContext* ctx) : ctx_(ctx) {}
+  bool next(bool defined) { return defined && ctx_->needs_input_grad(edge_++); }
+
+ private:
+  AutogradContext* ctx_;
+  size_t edge_ = 0;
+};
+
+struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                               const Tensor& constant, const OptionalTensor& embedding, at::TensorList weights,
+                               const Static& s) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [potential, map, saved] =
+        potential_and_map().call(x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters,
+                                 s.want_potential, s.want_map, /*save=*/true, s.product_dtype);
+    variable_list kept{x, skip_weight, bias, constant, embedding.value_or(Tensor())};
+    kept.insert(kept.end(), weights.begin(), weights.end());
+    kept.insert(kept.end(), saved.begin(), saved.end());
+    ctx->save_for_backward(kept);
+    ctx->set_materialize_grads(false);
+    s.store(ctx);
+    if (!s.want_potential) ctx->mark_non_differentiable({potential});
+    if (!s.want_map) ctx->mark_non_differentiable({map});
+    return {potential, map};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    auto s = Static::load(ctx);
+    const auto layers = s.activations.size() - 1;
+    const auto kept = ctx->get_saved_variables();
+    const at::TensorList weights(kept.data() + grad_weights, layers);
+    const at::TensorList saved(kept.data() + grad_weights + layers, kept.size() - grad_weights - layers);
+    variable_list gradients(grad_weights + layers + 1);  // and Static
+    if (!cotangents[0].defined() && !cotangents[1].defined()) return gradients;
+    Edges edges(ctx);
+    int64_t wanted = 0;
+    for (size_t i = 0; i < grad_weights + layers; ++i) wanted |= int64_t(edges.next(kept[i].defined())) << i;
+    auto terms = at_next_order([&] {
+      return training_terms().call(kept[grad_x], kept[grad_skip_weight], kept[grad_bias], weights,
+                                   kept[grad_inverse_lipschitz], optional(kept[grad_embedding]),
+                                   optional(cotangents[1]), optional(cotangents[0]), saved, s.activations,
+                                   s.parameters, wanted, s.product_dtype);
+    });
+    for (size_t i = 0; i < terms.size(); ++i) {
+      if ((wanted >> i) & 1) gradients[i] = std::move(terms[i]);
+    }
+    return gradients;
+  }
+};
+
+struct TrainingTermsFunction : Function<TrainingTermsFunction> {
+  static variable_list forward(AutogradContext* ctx, const OptionalTensor& map_cotangent,
+                               const OptionalTensor& potential_cotangent, const Tensor& x, const Tensor& skip_weight,
+                               const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
+                               at::TensorList weights, const Static& s) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto terms = training_terms().call(x, skip_weight, bias, weights, constant, embedding, map_cotangent,
+                                       potential_cotangent, s.saved, s.activations, s.parameters, s.wanted,
+                                       s.product_dtype);
+    variable_list kept{map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()), x, skip_weight, bias,
+                       constant, embedding.value_or(Tensor())};
+    kept.insert(kept.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(kept);
+    s.store(ctx);
+    variable_list unwanted;
+    for (size_t i = 0; i < terms.size(); ++i) {
+      if (!((s.wanted >> i) & 1)) unwanted.push_back(terms[i]);
+    }
+    ctx->mark_non_differentiable(unwanted);
+    return terms;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    const auto s = Static::load(ctx);
+    const auto kept = ctx->get_saved_variables();
+    constexpr size_t first = 2;  // x
+    Edges edges(ctx);
+    int64_t needed = 0;
+    for (size_t i = 0; i < kept.size(); ++i) needed |= int64_t(edges.next(kept[i].defined())) << i;
+    variable_list given;
+    for (size_t i = 0; i < cotangents.size(); ++i) {
+      if ((s.wanted >> i) & 1) given.push_back(cotangents[i]);
+    }
+    auto terms = without_autocast([&] {
+      return training_terms_backward().call(
+          given, kept[first + grad_x], kept[first + grad_skip_weight], kept[first + grad_bias],
+          at::TensorList(kept).slice(first + grad_weights), kept[first + grad_inverse_lipschitz],
+          optional(kept[first + grad_embedding]), optional(kept[0]), optional(kept[1]), s.activations, s.parameters,
+          s.wanted, needed);
+    });
+    variable_list gradients(kept.size() + 1);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      if ((needed >> i) & 1) gradients[i] = std::move(terms[i]);
+    }
+    return gradients;
+  }
+};
+
+struct MapJvpFunction : Function<MapJvpFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& tangent, const Tensor& x, const Tensor& skip_weight,
+                               const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
+                               at::TensorList weights, const Static& s) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent,
+                                             s.activations, s.parameters, s.product_dtype);
+    variable_list kept{tangent, x, skip_weight, bias, constant, embedding.value_or(Tensor())};
+    kept.insert(kept.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(kept);
+    s.store(ctx);
+    return {map, map_tangent};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    const auto s = Static::load(ctx);
+    const auto kept = ctx->get_saved_variables();
+    constexpr size_t first = 1;  // x
+    Edges edges(ctx);
+    int64_t needed = 0;
+    for (size_t i = 0; i < kept.size(); ++i) needed |= int64_t(edges.next(kept[i].defined())) << i;
+    auto terms = without_autocast([&] {
+      return map_jvp_backward().call(cotangents, kept[first + grad_x], kept[first + grad_skip_weight],
+                                     kept[first + grad_bias], at::TensorList(kept).slice(first + grad_weights),
+                                     kept[first + grad_inverse_lipschitz], optional(kept[first + grad_embedding]),
+                                     kept[0], s.activations, s.parameters, needed);
+    });
+    variable_list gradients(kept.size() + 1);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      if ((needed >> i) & 1) gradients[i] = std::move(terms[i]);
+    }
+    return gradients;
+  }
+};
+
+// The kernels at the Autograd key
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
+    const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+  if (!records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return potential_and_map().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                                    activation_parameters, want_potential, want_map, save, product_dtype);
+  }
+  TORCH_CHECK_VALUE(!save, "save: got True, wanted False: autograd saves what it needs itself");
+  const Static s{activations.vec(), activation_parameters.vec(), want_potential, want_map, 0, product_dtype, {}};
+  auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
+  return {values[0], values[1], {}};
+}
+
+std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                            at::TensorList weights, const Tensor& inverse_lipschitz,
+                                            const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+                                            const OptionalTensor& potential_cotangent, at::TensorList saved,
+                                            at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
+                                            OptionalType product_dtype) {
+  if (!records("training_terms", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()),
+               map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return training_terms().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, map_cotangent,
+                                 potential_cotangent, saved, activations, activation_parameters, wanted,
+                                 product_dtype);
+  }
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, saved.vec()};
+  return TrainingTermsFunction::apply(map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz,
+                                      embedding, weights, s);
+}
+
+std::tuple<Tensor, Tensor> map_jvp_autograd(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                            at::TensorList weights, const Tensor& inverse_lipschitz,
+                                            const OptionalTensor& embedding, const Tensor& tangent,
+                                            at::IntArrayRef activations, Floats activation_parameters,
+                                            OptionalType product_dtype) {
+  if (!records("map_jvp", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()), tangent)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return map_jvp().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, tangent, activations,
+                          activation_parameters, product_dtype);
+  }
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, {}};
+  auto values = MapJvpFunction::apply(tangent, x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
+  return {values[0], values[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ilvae_fast, Autograd, m) {
+  m.impl("potential_and_map", potential_and_map_autograd);
+  m.impl("training_terms", training_terms_autograd);
+  m.impl("map_jvp", map_jvp_autograd);
+}
+
+}  // namespace ilvae::ops

@@ -1,0 +1,124 @@
+// The activations of the potential with first and second derivative, for host and device.
+//
+// To add one: a code here, a specialisation of `Function`, a row in for_activation(), and a row in
+// ilvae_fast/activations.py.
+#pragma once
+
+#include "scalar_math.h"
+
+namespace ilvae {
+
+enum class ActivationKind : int {
+  softplus = 0,
+  leaky_relu = 1,
+  relu = 2,
+  celu = 3,
+  smooth_leaky_relu = 4,
+  identity = 5,
+  squared_leaky_relu = 6,
+};
+inline constexpr int activation_kinds = 7;
+
+struct Activation {
+  ActivationKind kind = ActivationKind::identity;
+  double parameter = 0;
+};
+
+// s(a), s'(a), s''(a). What a caller does not read the compiler does not compute.
+template <class T>
+struct Derivatives {
+  T value, first, second;
+};
+
+template <ActivationKind kind, class T>
+struct Function;
+
+template <class T>
+struct Function<ActivationKind::softplus, T> {
+  T beta, inverse;
+  ILVAE_HD explicit Function(double parameter) : beta(T(parameter)), inverse(T(1 / parameter)) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const {
+    const T t = beta * a;
+    const T e = exp_nonpositive(t < 0 ? t : -t);
+    const T r = T(1) / (T(1) + e);
+    return {(a > 0 ? a : T(0)) + log1p_unit(e) * inverse, (t < 0 ? e : T(1)) * r, beta * e * r * r};
+  }
+};
+
+template <class T>
+struct Function<ActivationKind::leaky_relu, T> {
+  T slope;
+  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const {
+    const T first = a > 0 ? T(1) : slope;
+    return {first * a, first, T(0)};
+  }
+};
+
+template <class T>
+struct Function<ActivationKind::relu, T> {
+  ILVAE_HD explicit Function(double) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const { return {a <= 0 ? T(0) : a, a > 0 ? T(1) : T(0), T(0)}; }
+};
+
+template <class T>
+struct Function<ActivationKind::celu, T> {
+  T alpha, inverse;
+  ILVAE_HD explicit Function(double parameter) : alpha(T(parameter)), inverse(T(1 / parameter)) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const {
+    const T t = a > 0 ? T(0) : a * inverse;
+    const T e = exp_nonpositive(t);
+    return {a > 0 ? a : alpha * expm1_nonpositive(t), a > 0 ? T(1) : e, a > 0 ? T(0) : e * inverse};
+  }
+};
+
+template <class T>
+struct Function<ActivationKind::smooth_leaky_relu, T> {
+  T slope;
+  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const {
+    const auto soft = Function<ActivationKind::softplus, T>(1.0)(a);
+    const T rest = T(1) - slope;
+    return {slope * a + rest * soft.value, slope + rest * soft.first, rest * soft.second};
+  }
+};
+
+template <class T>
+struct Function<ActivationKind::identity, T> {
+  ILVAE_HD explicit Function(double) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const { return {a, T(1), T(0)}; }
+};
+
+template <class T>
+struct Function<ActivationKind::squared_leaky_relu, T> {
+  T slope;
+  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD Derivatives<T> operator()(T a) const {
+    const T c = a > 0 ? T(1) : slope, l = c * a;
+    return {l * l, T(2) * l * c, T(2) * c * c};
+  }
+};
+
+// Calls body(function) with the Function object of a run-time activation.
+template <class T, class Body>
+ILVAE_HD void for_activation(Activation activation, const Body& body) {
+  const double p = activation.parameter;
+  switch (activation.kind) {
+    case ActivationKind::softplus:
+      return body(Function<ActivationKind::softplus, T>(p));
+    case ActivationKind::leaky_relu:
+      return body(Function<ActivationKind::leaky_relu, T>(p));
+    case ActivationKind::relu:
+      return body(Function<ActivationKind::relu, T>(p));
+    case ActivationKind::celu:
+      return body(Function<ActivationKind::celu, T>(p));
+    case ActivationKind::smooth_leaky_relu:
+      return body(Function<ActivationKind::smooth_leaky_relu, T>(p));
+    case ActivationKind::identity:
+      return body(Function<ActivationKind::identity, T>(p));
+    case ActivationKind::squared_leaky_relu:
+      return body(Function<ActivationKind::squared_leaky_relu, T>(p));
+  }
+}
+
+}  // namespace ilvae

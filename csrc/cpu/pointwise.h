@@ -1,0 +1,43 @@
+// CPU kernels of core/pointwise.h: what each instruction set provides, and the choice among them.
+#pragma once
+
+#include "core/bfloat16.h"
+#include "core/pointwise.h"
+
+namespace ilvae::cpu {
+
+// The kernels of core/pointwise.h on rows [begin, end).
+template <class Real, class Operand>
+struct RowKernels {
+  void (*up)(const HiddenLayer<Real, Operand>&, int64_t begin, int64_t end);
+  void (*turn)(const HiddenLayer<Real, Operand>&, const OutputUnit<Real, Operand>&, Real* scratch,  // 2 * width
+               int64_t begin, int64_t end);
+  void (*down)(const HiddenLayer<Real, Operand>&, int64_t begin, int64_t end);
+};
+
+struct AllRowKernels {
+  RowKernels<double, double> float64;
+  RowKernels<float, float> float32;
+  RowKernels<float, bfloat16> bfloat16_operands;
+};
+
+namespace baseline {
+extern const AllRowKernels kernels;
+}
+#if defined(ILVAE_X86)
+namespace avx2 {
+extern const AllRowKernels kernels;
+}
+namespace avx512 {
+extern const AllRowKernels kernels;
+}
+#endif
+
+// Multi-threaded kernels for the best instruction set that torch reports (ATEN_CPU_CAPABILITY lowers it).
+template <class Real, class Operand>
+const PointwiseKernels<Real, Operand>& pointwise_kernels();
+
+// "avx512", "avx2" or "baseline".
+const char* instruction_set();
+
+}  // namespace ilvae::cpu

@@ -1,0 +1,2 @@
+#define ILVAE_ISA avx512
+#include "cpu/pointwise_rows.h"

@@ -1,0 +1,366 @@
+#include "matmul_route.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/pointwise.h"
+
+namespace ilvae::matmul {
+
+namespace {
+
+using at::Tensor;
+
+// out = a b, or out += a b. Products of bfloat16 accumulate in float32 and round their result once, as torch.nn.Linear.
+void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
+  if (a.scalar_type() == out.scalar_type()) {
+    add ? out.addmm_(a, b) : at::mm_out(out, a, b);
+  } else {
+    const auto product = at::mm(a, b);
+    add ? out.add_(product) : out.copy_(product);
+  }
+}
+
+Tensor product(const Tensor& a, const Tensor& b, at::ScalarType real) {
+  return a.scalar_type() == real ? at::mm(a, b) : at::mm(a, b).to(real);
+}
+
+template <class T>
+Matrix<T> view(const Tensor& t) {
+  using Stored = std::remove_const_t<T>;
+  if (!t.defined()) return {};
+  return {static_cast<Stored*>(t.data_ptr()), t.stride(0)};
+}
+
+// The kernels of the device of `t`.
+template <class Real, class Operand>
+const PointwiseKernels<Real, Operand>& kernels_for(const Tensor& t) {
+  TORCH_INTERNAL_ASSERT(t.is_cpu(), "no pointwise kernels for ", t.device());
+  return cpu::pointwise_kernels<Real, Operand>();
+}
+
+// Calls body.operator()<Real, Operand>() with the types of the problem.
+template <class Body>
+void for_types(const Problem& p, const Body& body) {
+  if (p.operand == at::kDouble) return body.template operator()<double, double>();
+  if (p.operand == at::kFloat) return body.template operator()<float, float>();
+  body.template operator()<float, bfloat16>();
+}
+
+// The sweeps of the design through the hidden layers. With a tangent, stacks have 2N rows:
+//   a = [a; a'] , h = [h; h'] , d = [D'; D] , g = [g'; g],
+// the order in which one product with stacked operands is a two-term weight gradient. Without, they have N rows: D, or,
+// with a potential cotangent, D'. Matrices `a` and `d` have a column per unit, the output's last; `a` leaves out the
+// biases, which the kernels add, but for the output unit, whose column holds o after turn().
+class Sweep {
+ public:
+  Sweep(const Problem& p, bool tangent, at::TensorList saved)
+      : p_(p), tangent_(tangent), stacks_(tangent ? 2 : 1), hidden_(p.layers()) {
+    if (!saved.empty()) {
+      a_ = saved[0];
+      saved_adjoints_ = saved[1].numel() > 0 ? saved[1] : Tensor();
+      complete_ = true;
+      if (tangent) a_tangent_ = at::empty({p.rows, p.units + 1}, p.options(p.real));
+    } else {
+      stack_ = at::empty({stacks_ * p.rows, p.units + 1}, p.options(p.real));
+      a_ = tangent ? stack_.narrow(0, 0, p.rows) : stack_;
+      if (tangent) a_tangent_ = stack_.narrow(0, p.rows, p.rows);
+    }
+    embedded_weight_ = !p.embedding.defined() ? (p.padded() ? p.skip_weight.narrow(1, 0, p.input) : p.skip_weight)
+                       : saved.empty() ? at::mm(p.skip_weight, p.embedding.to(p.operand))
+                                       : saved[2];
+  }
+
+  // A B: (S+1, m), in operand type.
+  const Tensor& embedded_weight() const { return embedded_weight_; }
+  const Tensor& preactivations() const { return a_; }
+  const Tensor& adjoints() const { return adjoints_; }
+
+  // P = x (A B)^T, unless pre-activations were saved.
+  void enter(const Tensor& x) {
+    if (!complete_) multiply(a_, x, embedded_weight_.t());
+  }
+  // P' = v A^T, or x' (A B)^T: pass the fitting weight.
+  void enter_tangent(const Tensor& v, const Tensor& weight) { multiply(a_tangent_, v, weight.t()); }
+
+  // Hidden layers 0 .. K-2 upwards; h of layer l is kept where keep_hidden[l].
+  void up(const std::vector<bool>& keep_hidden) {
+    for (size_t l = 0; l + 1 < p_.layers(); ++l) {
+      const bool need_h = !complete_ || keep_hidden[l];
+      if (!need_h && !tangent_) continue;
+      auto h = at::empty({stacks_ * p_.rows, p_.widths[l]}, p_.options(p_.operand));
+      for_types(p_, [&]<class Real, class Operand>() {
+        auto layer = hidden_layer<Real, Operand>(l);
+        if (need_h) layer.h = view<Operand>(h);
+        if (tangent_) layer.h_tangent = view<Operand>(h.narrow(0, p_.rows, p_.rows));
+        kernels_for<Real, Operand>(h).up(layer);
+      });
+      const auto weight = p_.weights[l].t();
+      if (!complete_) {
+        multiply(p_.columns(stack_, l + 1), h, weight, true);
+      } else if (tangent_) {
+        multiply(p_.columns(a_tangent_, l + 1), h.narrow(0, p_.rows, p_.rows), weight, true);
+      }
+      if (keep_hidden[l]) hidden_[l] = h;
+    }
+  }
+
+  // The last hidden layer and the output unit: o and, if wanted, G (N), the last h and the top of `d`.
+  void turn(const Tensor& potential_cotangent, const Tensor& potential, bool keep_hidden, bool want_d) {
+    const auto last = p_.layers() - 1;
+    if (want_d) d_ = at::empty({stacks_ * p_.rows, p_.units + 1}, p_.options(p_.operand));
+    if (keep_hidden) hidden_[last] = at::empty({stacks_ * p_.rows, p_.widths[last]}, p_.options(p_.operand));
+    for_types(p_, [&]<class Real, class Operand>() {
+      auto layer = hidden_layer<Real, Operand>(last);
+      OutputUnit<Real, Operand> out;
+      out.activation = p_.activations.back();
+      out.weight = static_cast<const Real*>(p_.output_weight.data_ptr());
+      out.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.units;
+      out.complete = complete_;
+      out.o = view<Real>(p_.columns(a_, p_.layers()));
+      out.potential_cotangent = view<const Real>(potential_cotangent);
+      out.potential = view<Real>(potential);
+      if (keep_hidden) layer.h = view<Operand>(hidden_[last]);
+      if (want_d) {
+        layer.d = view<Operand>(d_primal(last));
+        out.d = view<Operand>(d_primal(last + 1));
+      }
+      if (tangent_) {
+        out.o_tangent = view<Real>(p_.columns(a_tangent_, p_.layers()));
+        if (keep_hidden) layer.h_tangent = view<Operand>(hidden_[last].narrow(0, p_.rows, p_.rows));
+        layer.d_tangent = view<Operand>(d_tangent(last));
+        out.d_tangent = view<Operand>(d_tangent(last + 1));
+      }
+      kernels_for<Real, Operand>(a_).turn(layer, out);
+    });
+  }
+
+  // From layer K-1 down to `lowest`; `keep` keeps the adjoints g of a sweep without tangent.
+  void down(size_t lowest, bool keep) {
+    if (keep) adjoints_ = at::empty({p_.rows, p_.units - p_.widths.back()}, p_.options(p_.real));
+    const bool have_g = saved_adjoints_.defined();
+    for (size_t l = p_.layers() - 1; l > lowest; --l) {
+      const auto below = l - 1;
+      const auto d = p_.columns(d_, l);
+      Tensor g, g_tangent;
+      if (tangent_ && have_g) {
+        g_tangent = at::empty({p_.rows, p_.widths[below]}, p_.options(p_.real));
+        multiply(g_tangent, d.narrow(0, 0, p_.rows), p_.weights[below]);
+        g = p_.columns(saved_adjoints_, below);
+      } else {
+        g = keep ? p_.columns(adjoints_, below)
+                 : at::empty({stacks_ * p_.rows, p_.widths[below]}, p_.options(p_.real));
+        multiply(g, d, p_.weights[below]);
+        if (tangent_) {
+          g_tangent = g.narrow(0, 0, p_.rows);
+          g = g.narrow(0, p_.rows, p_.rows);
+        }
+      }
+      for_types(p_, [&]<class Real, class Operand>() {
+        auto layer = hidden_layer<Real, Operand>(below);
+        layer.g = view<const Real>(g);
+        layer.d = view<Operand>(d_primal(below));
+        if (tangent_) {
+          layer.g_tangent = view<const Real>(g_tangent);
+          layer.d_tangent = view<Operand>(d_tangent(below));
+        }
+        kernels_for<Real, Operand>(g).down(layer);
+      });
+    }
+  }
+
+  // [D'; D], or D (D' with a potential cotangent) without tangent: one column per unit.
+  const Tensor& d() const { return d_; }
+  // [h; h'] of layer l.
+  const Tensor& hidden(size_t l) const { return hidden_[l]; }
+
+ private:
+  template <class Real, class Operand>
+  HiddenLayer<Real, Operand> hidden_layer(size_t l) const {
+    HiddenLayer<Real, Operand> layer;
+    layer.rows = p_.rows;
+    layer.width = p_.widths[l];
+    layer.activation = p_.activations[l];
+    layer.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.offsets[l];
+    layer.a = view<const Real>(p_.columns(a_, l));
+    if (tangent_) layer.a_tangent = view<const Real>(p_.columns(a_tangent_, l));
+    return layer;
+  }
+  // Columns of layer l (K: the output) of D and of D' in `d`.
+  Tensor d_primal(size_t l) const { return p_.columns(tangent_ ? d_.narrow(0, p_.rows, p_.rows) : d_, l); }
+  Tensor d_tangent(size_t l) const { return p_.columns(d_.narrow(0, 0, p_.rows), l); }
+
+  const Problem& p_;
+  const bool tangent_;
+  const int64_t stacks_;
+  bool complete_ = false;  // a_ was saved: nothing to recompute
+  Tensor stack_, a_, a_tangent_, d_, saved_adjoints_, adjoints_, embedded_weight_;
+  std::vector<Tensor> hidden_;
+};
+
+// The quadratic term L/2 |B x|^2 and its derivatives, in the real type throughout.
+class Quadratic {
+ public:
+  explicit Quadratic(const Problem& p)
+      : p_(p), x_(p.x.to(p.real)), b_(p.embedding.defined() ? p.embedding.to(p.real) : Tensor()) {}
+
+  const Tensor& x() const { return x_; }
+
+  // L B y for rows y (.., m).
+  Tensor map(const Tensor& y) const {
+    const auto scaled = y.to(p_.real) * p_.inverse_lipschitz;
+    return b_.defined() ? at::mm(scaled, b_.t()) : p_.padded() ? at::constant_pad_nd(scaled, {0, p_.width - p_.input})
+                                                               : scaled;
+  }
+  // |B x|^2, (N).
+  Tensor squared_norm() const { return (b_.defined() ? at::mm(x_, b_.t()) : x_).square().sum(1); }
+  // B^T v, (N, m).
+  Tensor pull(const Tensor& v) const {
+    return b_.defined() ? at::mm(v, b_) : p_.padded() ? v.narrow(1, 0, p_.input) : v;
+  }
+  // B^T B x, (N, m).
+  Tensor gram_x() const { return b_.defined() ? at::mm(x_, at::mm(b_.t(), b_)) : x_; }
+  const Tensor& embedding() const { return b_; }
+
+ private:
+  const Problem& p_;
+  Tensor x_, b_;
+};
+
+}  // namespace
+
+Values potential_and_map(const Problem& p, bool want_potential, bool want_map, bool save) {
+  Values values;
+  Sweep sweep(p, /*tangent=*/false, {});
+  const Quadratic quadratic(p);
+  sweep.enter(p.x.to(p.operand));
+  sweep.up(std::vector<bool>(p.layers(), false));
+  if (want_potential) values.potential = at::empty({p.rows}, p.options(p.real));
+  sweep.turn({}, values.potential, /*keep_hidden=*/false, want_map);
+  if (want_potential) {
+    values.potential.add_(quadratic.squared_norm() * (p.inverse_lipschitz * 0.5));
+    values.potential = values.potential.to(p.output);
+  }
+  if (want_map) {
+    sweep.down(0, save);
+    values.map = quadratic.map(p.x);
+    multiply(values.map, sweep.d(), p.skip_weight, true);
+    values.map = values.map.to(p.output);
+  }
+  if (save) {
+    const auto none = at::empty({0}, p.options(p.real));
+    values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none,
+                    p.embedding.defined() ? sweep.embedded_weight() : none};
+  }
+  return values;
+}
+
+std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const Tensor& u_any, at::TensorList saved,
+                                   const std::vector<bool>& wanted) {
+  const auto layers = p.layers();
+  const bool tangent = v_any.defined();
+  const Quadratic quadratic(p);
+  const auto v = tangent ? v_any.to(p.real) : Tensor();
+  const auto u = u_any.defined() ? u_any.to(p.real).contiguous() : Tensor();
+  std::vector<Tensor> result(wanted.size());
+
+  // grad_L = sum <v, B x> + u/2 |B x|^2
+  if (wanted[grad_inverse_lipschitz]) {
+    auto sum = at::zeros({1}, p.options(p.real));
+    if (tangent) sum.add_((quadratic.pull(v) * quadratic.x()).sum());
+    if (u.defined()) sum.add_((u * quadratic.squared_norm()).sum() * 0.5);
+    result[grad_inverse_lipschitz] = sum;
+  }
+
+  // How far down: to layer 0, or to the layer above the lowest weight (K: the output unit alone), or nowhere.
+  const bool bottom = wanted[grad_x] || wanted[grad_skip_weight] || wanted[grad_bias] || wanted[grad_embedding];
+  size_t lowest = bottom ? 0 : layers + 1;
+  std::vector<bool> keep_hidden(layers);
+  for (size_t k = 0; k < layers; ++k) {
+    keep_hidden[k] = wanted[grad_weights + k];
+    if (keep_hidden[k]) lowest = std::min(lowest, k + 1);
+  }
+  if (lowest > layers) return result;
+
+  Sweep sweep(p, tangent, saved);
+  const auto x = p.x.to(p.operand);
+  const auto v_operand = tangent ? v_any.to(p.operand) : Tensor();
+  sweep.enter(x);
+  if (tangent) sweep.enter_tangent(v_operand, p.skip_weight);
+  sweep.up(keep_hidden);
+  sweep.turn(u, {}, keep_hidden.back(), /*want_d=*/true);
+  sweep.down(std::min(lowest, layers - 1), /*keep=*/false);
+
+  const auto& stacked_d = sweep.d();                                               // [D'; D]
+  const auto d_tangent = stacked_d.narrow(0, 0, p.rows);                           // D'
+  const auto d = tangent ? stacked_d.narrow(0, p.rows, p.rows) : Tensor();         // D
+
+  // grad_W_k = D'_k^T h_{k-1} + D_k^T h'_{k-1}, the output weight's likewise
+  for (size_t k = 0; k < layers; ++k) {
+    if (keep_hidden[k]) {
+      result[grad_weights + k] = product(p.columns(stacked_d, k + 1).t(), sweep.hidden(k), p.real);
+    }
+  }
+  // grad_b = sum_n D'
+  if (wanted[grad_bias]) result[grad_bias] = at::sum(d_tangent, {0}, /*keepdim=*/false, p.real);
+  // grad_x = D' A B + L B^T (v + u B x)
+  if (wanted[grad_x]) {
+    Tensor gradient;
+    if (tangent) gradient = quadratic.pull(v) * p.inverse_lipschitz;
+    if (u.defined()) {
+      const auto term = quadratic.gram_x() * (u * p.inverse_lipschitz).unsqueeze(1);
+      gradient = gradient.defined() ? gradient.add_(term) : term;
+    }
+    multiply(gradient, d_tangent, sweep.embedded_weight(), true);
+    result[grad_x] = gradient;
+  }
+  // D'^T x, the half of grad_A that has the width of x
+  Tensor narrow_half;
+  const bool dense = p.embedding.defined();
+  if (dense && (wanted[grad_skip_weight] || wanted[grad_embedding])) {
+    narrow_half = at::mm(d_tangent.t(), x);
+  }
+  // grad_A = D'^T x B^T + D^T v
+  if (wanted[grad_skip_weight]) {
+    auto gradient = tangent      ? product(d.t(), v_operand, p.real)
+                    : p.padded() ? at::zeros({p.units + 1, p.width}, p.options(p.real))
+                                 : at::empty({p.units + 1, p.width}, p.options(p.real));
+    if (dense) {
+      multiply(gradient, narrow_half, p.embedding.to(p.operand).t(), tangent);
+    } else {
+      multiply(gradient.narrow(1, 0, p.input), d_tangent.t(), x, tangent);
+    }
+    result[grad_skip_weight] = gradient;
+  }
+  // grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
+  if (wanted[grad_embedding]) {
+    auto gradient = product(p.skip_weight.t(), narrow_half, p.real);
+    const auto& real_x = quadratic.x();
+    if (tangent) gradient.add_(at::mm(v.t(), real_x) * p.inverse_lipschitz);
+    if (u.defined()) {
+      const auto weighted = at::mm(real_x.t(), real_x * u.unsqueeze(1));
+      gradient.add_(at::mm(quadratic.embedding(), weighted) * p.inverse_lipschitz);
+    }
+    result[grad_embedding] = gradient;
+  }
+  return result;
+}
+
+std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
+  Sweep sweep(p, /*tangent=*/true, {});
+  const Quadratic quadratic(p);
+  sweep.enter(p.x.to(p.operand));
+  sweep.enter_tangent(tangent.to(p.operand), sweep.embedded_weight());
+  sweep.up(std::vector<bool>(p.layers(), false));
+  sweep.turn({}, {}, /*keep_hidden=*/false, /*want_d=*/true);
+  sweep.down(0, /*keep=*/false);
+  // T = D A + L B x ; T' = D' A + L B x'
+  const auto& d = sweep.d();
+  auto map = quadratic.map(p.x);
+  multiply(map, d.narrow(0, p.rows, p.rows), p.skip_weight, true);
+  auto map_tangent = quadratic.map(tangent);
+  multiply(map_tangent, d.narrow(0, 0, p.rows), p.skip_weight, true);
+  return {map.to(p.output), map_tangent.to(p.output)};
+}
+
+}  // namespace ilvae::matmul

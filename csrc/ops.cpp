@@ -1,0 +1,307 @@
+// Schemas of the operators and their kernels for the keys CPU, CUDA, Meta and Autocast. Autograd is in autograd.cpp.
+#include "ops.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "matmul_route.h"
+#include "problem.h"
+
+namespace ilvae::ops {
+
+namespace {
+
+Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+                 const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+                 Floats activation_parameters, OptionalType product_dtype) {
+  Arguments arguments{x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz,
+                      embedding.value_or(Tensor()), activations, activation_parameters, product_dtype};
+  arguments.check();
+  return arguments;
+}
+
+void check_cotangents(const Arguments& c, const OptionalTensor& map_cotangent,
+                      const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted) {
+  TORCH_CHECK_VALUE(map_cotangent || potential_cotangent,
+                    "map_cotangent and potential_cotangent: got neither, wanted at least one");
+  if (map_cotangent) c.check_rows("map_cotangent", *map_cotangent, c.skip_weight.sym_size(1));
+  if (potential_cotangent) c.check_rows("potential_cotangent", *potential_cotangent, std::nullopt);
+  TORCH_CHECK_VALUE(saved.empty() || saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
+  const auto count = grad_weights + c.weights.size();
+  TORCH_CHECK_VALUE(count < 63 && wanted >= 0 && wanted < (int64_t(1) << count), "wanted: got ", wanted,
+                    ", wanted a bit for each of ", count, " gradients");
+  TORCH_CHECK_VALUE(c.embedding.defined() || !((wanted >> grad_embedding) & 1),
+                    "wanted: got the gradient of an embedding, wanted none: there is no embedding");
+}
+
+Tensor flat(const OptionalTensor& t, const Problem& p, int64_t columns) {
+  if (!t) return {};
+  return columns > 0 ? t->reshape({p.rows, columns}) : t->reshape({p.rows});
+}
+
+std::vector<int64_t> leading(const Tensor& x) { return x.sizes().slice(0, x.dim() - 1).vec(); }
+
+std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
+  sizes.push_back(last);
+  return sizes;
+}
+
+// What the gradient of a tensor looks like; also the shape function of training_terms.
+const Tensor& like(const Arguments& c, size_t gradient) {
+  switch (gradient) {
+    case grad_x:
+      return c.x;
+    case grad_skip_weight:
+      return c.skip_weight;
+    case grad_bias:
+      return c.bias;
+    case grad_inverse_lipschitz:
+      return c.inverse_lipschitz;
+    case grad_embedding:
+      return c.embedding;
+    default:
+      return c.weights[gradient - grad_weights];
+  }
+}
+
+// CPU
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
+    const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  const Problem p(c);
+  auto values = matmul::potential_and_map(p, want_potential, want_map, save);
+  const auto none = at::empty({0}, p.options(p.output));
+  return {want_potential ? values.potential.view(leading(x)) : none,
+          want_map ? values.map.view(with_last(leading(x), p.width)) : none, std::move(values.saved)};
+}
+
+std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                       at::TensorList weights, const Tensor& inverse_lipschitz,
+                                       const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+                                       const OptionalTensor& potential_cotangent, at::TensorList saved,
+                                       at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
+                                       OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
+  const Problem p(c);
+  std::vector<bool> flags(grad_weights + p.layers());
+  for (size_t i = 0; i < flags.size(); ++i) flags[i] = (wanted >> i) & 1;
+  auto gradients =
+      matmul::training_terms(p, flat(map_cotangent, p, p.width), flat(potential_cotangent, p, 0), saved, flags);
+  for (size_t i = 0; i < flags.size(); ++i) {
+    auto& gradient = gradients[i];
+    if (!flags[i]) {
+      gradient = at::empty({0}, p.options(p.output));
+    } else {
+      gradient = gradient.to(like(c, i).scalar_type()).view(like(c, i).sizes());
+    }
+  }
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor> map_jvp_cpu(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                       at::TensorList weights, const Tensor& inverse_lipschitz,
+                                       const OptionalTensor& embedding, const Tensor& tangent,
+                                       at::IntArrayRef activations, Floats activation_parameters,
+                                       OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  c.check_rows("tangent", tangent, x.sym_size(-1));
+  const Problem p(c);
+  auto [map, map_tangent] = matmul::map_jvp(p, tangent.reshape({p.rows, p.input}));
+  const auto sizes = with_last(leading(x), p.width);
+  return {map.view(sizes), map_tangent.view(sizes)};
+}
+
+// Meta: the same checks, shapes without work
+
+Tensor meta(const Arguments& c, c10::SymDimVector sizes, at::ScalarType dtype) {
+  return at::empty_symint(sizes, c.x.options().dtype(dtype));
+}
+
+c10::SymDimVector rows_of(const Arguments& c) {
+  const auto sizes = c.x.sym_sizes();
+  return {sizes.begin(), sizes.end() - 1};
+}
+
+Tensor meta_map(const Arguments& c) {
+  auto sizes = rows_of(c);
+  sizes.push_back(c.skip_weight.sym_size(1));
+  return meta(c, sizes, c.output_dtype());
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_meta(
+    const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  const auto output = c.output_dtype();
+  const auto real = output == at::kBFloat16 ? at::kFloat : output;
+  std::vector<Tensor> saved;
+  if (save) {
+    c10::SymInt rows = 1;
+    for (const auto& size : rows_of(c)) rows = rows * size;
+    const auto units = skip_weight.sym_size(0) - 1;
+    saved.push_back(meta(c, {rows, units + 1}, real));
+    saved.push_back(want_map ? meta(c, {rows, units - weights.back().sym_size(1)}, real) : meta(c, {0}, real));
+    saved.push_back(c.embedding.defined() ? meta(c, {units + 1, x.sym_size(-1)}, output) : meta(c, {0}, real));
+  }
+  return {want_potential ? meta(c, rows_of(c), output) : meta(c, {0}, output),
+          want_map ? meta_map(c) : meta(c, {0}, output), std::move(saved)};
+}
+
+std::vector<Tensor> training_terms_meta(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                        at::TensorList weights, const Tensor& inverse_lipschitz,
+                                        const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+                                        const OptionalTensor& potential_cotangent, at::TensorList saved,
+                                        at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
+                                        OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < grad_weights + weights.size(); ++i) {
+    if ((wanted >> i) & 1) {
+      const auto& t = like(c, i);
+      gradients.push_back(meta(c, {t.sym_sizes().begin(), t.sym_sizes().end()}, t.scalar_type()));
+    } else {
+      gradients.push_back(meta(c, {0}, c.output_dtype()));
+    }
+  }
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor> map_jvp_meta(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                        at::TensorList weights, const Tensor& inverse_lipschitz,
+                                        const OptionalTensor& embedding, const Tensor& tangent,
+                                        at::IntArrayRef activations, Floats activation_parameters,
+                                        OptionalType product_dtype) {
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
+                        activation_parameters, product_dtype);
+  c.check_rows("tangent", tangent, x.sym_size(-1));
+  return {meta_map(c), meta_map(c)};
+}
+
+// Autocast: products take operands in the autocast dtype, everything else is float32; float64 is left alone
+
+template <c10::DeviceType device>
+struct Autocast {
+  static constexpr auto key = device == c10::DeviceType::CPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::Autocast;
+
+  static Tensor float32(const Tensor& t) {
+    return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf ? t.to(at::kFloat) : t;
+  }
+  static OptionalTensor float32(const OptionalTensor& t) { return t ? OptionalTensor(float32(*t)) : t; }
+  static std::vector<Tensor> float32(at::TensorList list) {
+    std::vector<Tensor> result;
+    for (const auto& t : list) result.push_back(float32(t));
+    return result;
+  }
+  static OptionalType product_dtype(const Tensor& x, OptionalType given) {
+    if (given || x.scalar_type() == at::kDouble) return given;
+    return at::autocast::get_autocast_dtype(device);
+  }
+
+  static std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map(
+      const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+      const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+      Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType given) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    return ops::potential_and_map().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
+                                         inverse_lipschitz, float32(embedding), activations, activation_parameters,
+                                         want_potential, want_map, save, product_dtype(x, given));
+  }
+
+  static std::vector<Tensor> training_terms(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                            at::TensorList weights, const Tensor& inverse_lipschitz,
+                                            const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+                                            const OptionalTensor& potential_cotangent, at::TensorList saved,
+                                            at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
+                                            OptionalType given) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    return ops::training_terms().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
+                                      inverse_lipschitz, float32(embedding), map_cotangent, potential_cotangent, saved,
+                                      activations, activation_parameters, wanted, product_dtype(x, given));
+  }
+
+  static std::tuple<Tensor, Tensor> map_jvp(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                            at::TensorList weights, const Tensor& inverse_lipschitz,
+                                            const OptionalTensor& embedding, const Tensor& tangent,
+                                            at::IntArrayRef activations, Floats activation_parameters,
+                                            OptionalType given) {
+    c10::impl::ExcludeDispatchKeyGuard off(key);
+    return ops::map_jvp().call(float32(x), float32(skip_weight), float32(bias), float32(weights), inverse_lipschitz,
+                               float32(embedding), float32(tangent), activations, activation_parameters,
+                               product_dtype(x, given));
+  }
+
+  static void implement(torch::Library& m) {
+    m.impl("potential_and_map", potential_and_map);
+    m.impl("training_terms", training_terms);
+    m.impl("map_jvp", map_jvp);
+  }
+};
+
+// CUDA: a build without CUDA kernels has the same functions, which say so
+
+constexpr auto no_cuda =
+    "x: got a CUDA tensor, but this build of ilvae_fast has no CUDA kernels. Move tensors and modules to the CPU, or "
+    "run the plain autograd version on the GPU: with ilvae_fast.use_backend(\"reference\"): ...";
+
+void raise_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().operator_name().name, ": ", no_cuda);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(ilvae_fast, m) {
+  m.def(
+      "potential_and_map(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
+      "Tensor? embedding, int[] activations, float[] activation_parameters, bool want_potential, bool want_map, "
+      "bool save=False, ScalarType? product_dtype=None) -> (Tensor potential, Tensor map, Tensor[] saved)");
+  m.def(
+      "training_terms(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
+      "Tensor? embedding, Tensor? map_cotangent, Tensor? potential_cotangent, Tensor[] saved, int[] activations, "
+      "float[] activation_parameters, int wanted, ScalarType? product_dtype=None) -> Tensor[]");
+  m.def(
+      "map_jvp(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
+      "Tensor? embedding, Tensor tangent, int[] activations, float[] activation_parameters, "
+      "ScalarType? product_dtype=None) -> (Tensor map, Tensor map_tangent)");
+  m.def(
+      "training_terms_backward(Tensor[] cotangents, Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, "
+      "Tensor inverse_lipschitz, Tensor? embedding, Tensor? map_cotangent, Tensor? potential_cotangent, "
+      "int[] activations, float[] activation_parameters, int wanted, int needed) -> Tensor[]");
+  m.def(
+      "map_jvp_backward(Tensor[] cotangents, Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, "
+      "Tensor inverse_lipschitz, Tensor? embedding, Tensor tangent, int[] activations, "
+      "float[] activation_parameters, int needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, CPU, m) {
+  m.impl("potential_and_map", potential_and_map_cpu);
+  m.impl("training_terms", training_terms_cpu);
+  m.impl("map_jvp", map_jvp_cpu);
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, Meta, m) {
+  m.impl("potential_and_map", potential_and_map_meta);
+  m.impl("training_terms", training_terms_meta);
+  m.impl("map_jvp", map_jvp_meta);
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, AutocastCPU, m) { Autocast<c10::DeviceType::CPU>::implement(m); }
+TORCH_LIBRARY_IMPL(ilvae_fast, AutocastCUDA, m) { Autocast<c10::DeviceType::CUDA>::implement(m); }
+
+TORCH_LIBRARY_IMPL(ilvae_fast, CUDA, m) {
+  for (const auto name : {"potential_and_map", "training_terms", "map_jvp"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<raise_on_cuda>());
+  }
+}
+
+}  // namespace ilvae::ops

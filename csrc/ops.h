@@ -1,0 +1,64 @@
+// The operators of the torch library `ilvae_fast` as typed calls through the dispatcher.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace ilvae::ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
+using Floats = at::ArrayRef<double>;
+
+// -> potential (...), map (..., d), saved; the first two empty where not wanted
+using PotentialAndMap = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
+    const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype);
+
+// -> gradients in the order of `Gradient`; wanted: bit i for gradient i, the others come back empty
+using TrainingTerms = std::vector<Tensor>(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                          at::TensorList weights, const Tensor& inverse_lipschitz,
+                                          const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+                                          const OptionalTensor& potential_cotangent, at::TensorList saved,
+                                          at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
+                                          OptionalType product_dtype);
+
+// -> map (..., d), its derivative along the tangent (..., m) of x
+using MapJvp = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
+                                          at::TensorList weights, const Tensor& inverse_lipschitz,
+                                          const OptionalTensor& embedding, const Tensor& tangent,
+                                          at::IntArrayRef activations, Floats activation_parameters,
+                                          OptionalType product_dtype);
+
+// Second derivatives of the two above, implemented in ilvae_fast/ops.py. needed: bit i for tensor i of
+// (map_cotangent, potential_cotangent | tangent), x, skip_weight, bias, inverse_lipschitz, embedding, weights...
+using TrainingTermsBackward = std::vector<Tensor>(
+    at::TensorList cotangents, const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
+    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
+    const OptionalTensor& potential_cotangent, at::IntArrayRef activations, Floats activation_parameters,
+    int64_t wanted, int64_t needed);
+using MapJvpBackward = std::vector<Tensor>(at::TensorList cotangents, const Tensor& x, const Tensor& skip_weight,
+                                           const Tensor& bias, at::TensorList weights, const Tensor& inverse_lipschitz,
+                                           const OptionalTensor& embedding, const Tensor& tangent,
+                                           at::IntArrayRef activations, Floats activation_parameters, int64_t needed);
+
+template <class Signature>
+const c10::TypedOperatorHandle<Signature>& handle(const char* name) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return op;
+}
+inline const auto& potential_and_map() { return handle<PotentialAndMap>("ilvae_fast::potential_and_map"); }
+inline const auto& training_terms() { return handle<TrainingTerms>("ilvae_fast::training_terms"); }
+inline const auto& map_jvp() { return handle<MapJvp>("ilvae_fast::map_jvp"); }
+inline const auto& training_terms_backward() {
+  return handle<TrainingTermsBackward>("ilvae_fast::training_terms_backward");
+}
+inline const auto& map_jvp_backward() { return handle<MapJvpBackward>("ilvae_fast::map_jvp_backward"); }
+
+}  // namespace ilvae::ops

@@ -1,0 +1,63 @@
+// One potential and its batch as tensors: the arguments that all operators share, checked and measured once.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "core/activations.h"
+
+namespace ilvae {
+
+// Position of a gradient in the results of training_terms; those of the weights follow.
+enum Gradient : size_t { grad_x, grad_skip_weight, grad_bias, grad_inverse_lipschitz, grad_embedding, grad_weights };
+
+// The operands of an operator as they came; `embedding` undefined: none, or the padded identity where x is narrower
+// than skip_weight.
+struct Arguments {
+  at::Tensor x;                     // (..., m)
+  at::Tensor skip_weight;           // (S+1, d)
+  at::Tensor bias;                  // (S+1)
+  std::vector<at::Tensor> weights;  // W_2 .. W_K, w
+  at::Tensor inverse_lipschitz;     // (1), float32 or float64
+  at::Tensor embedding;             // B (d, m) or undefined
+  at::IntArrayRef activations;      // ActivationKind of the K hidden layers and the output
+  at::ArrayRef<double> activation_parameters;
+  std::optional<at::ScalarType> product_dtype;  // operands of matrix products, where not the dtype of x (autocast)
+
+  // Raises ValueError or TypeError, naming the argument, before any work. Works on symbolic shapes too.
+  void check() const;
+  // Checks that `t` has the leading dimensions of x and then, if given, `last`.
+  void check_rows(const char* name, const at::Tensor& t, std::optional<c10::SymInt> last) const;
+  int64_t width() const { return skip_weight.size(1); }
+  at::ScalarType output_dtype() const { return product_dtype.value_or(x.scalar_type()); }
+};
+
+// The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
+struct Problem {
+  explicit Problem(const Arguments& arguments);
+
+  at::ScalarType operand;  // enters matrix products: float64, float32 or bfloat16
+  at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32
+  at::ScalarType output;
+  int64_t rows, input, width, units;      // N, m, d, S
+  std::vector<int64_t> widths, offsets;   // n_k and its first column among the units, for the K hidden layers
+  std::vector<Activation> activations;    // K + 1
+  at::Tensor x;                           // (N, m), as it came
+  at::Tensor skip_weight;                 // operand
+  at::Tensor bias, output_weight;         // real, contiguous
+  std::vector<at::Tensor> weights;        // operand
+  at::Tensor inverse_lipschitz;           // real
+  at::Tensor embedding;                   // as it came, or undefined
+
+  size_t layers() const { return widths.size(); }
+  bool padded() const { return !embedding.defined() && input < width; }
+  at::TensorOptions options(at::ScalarType dtype) const { return x.options().dtype(dtype); }
+  // The columns of hidden layer l, or of the output unit (l = K), of a matrix with a column per unit.
+  at::Tensor columns(const at::Tensor& t, size_t l) const {
+    return l < layers() ? t.narrow(1, offsets[l], widths[l]) : t.narrow(1, units, 1);
+  }
+};
+
+}  // namespace ilvae

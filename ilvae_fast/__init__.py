@@ -1,0 +1,9 @@
+"""Fused input-convex networks, their gradient maps, and inverse-Lipschitz VAEs."""
+
+from . import functional as functional
+from . import reference as reference
+from ._backend import build_info as build_info
+from ._backend import use_backend as use_backend
+from ._version import __version__ as __version__
+from .activations import Activation as Activation
+from .nonneg import NonNegative as NonNegative

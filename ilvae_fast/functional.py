@@ -1,0 +1,271 @@
+"""Potential, Brenier map and their derivatives as stateless functions of effective weights.
+
+Arguments common to all functions:
+
+    x (..., d), or (..., m) with an embedding: float64, float32 or bfloat16, any strides, any leading shape, also empty
+    skip_weight (S+1, d), bias (S+1,): the skip terms of all layers, S = n_1 + .. + n_K; the last row is the output's
+    weights: the effective, non-negative [W_2 (n_2, n_1), .., W_K (n_K, n_{K-1}), w (1, n_K)]
+    activations: K + 1 names or :class:`ilvae_fast.Activation`, the output's last
+    inverse_lipschitz: L >= 0, a float or a tensor with one element in float32 or float64. A float is checked; a tensor
+        is never read back to the host.
+    embedding: None; an int D, the first m of D coordinates (B the padded identity, never formed); or B (D, m)
+    route: "auto" or "matmul" (see :func:`ilvae_fast.plan`)
+    validate: also check that all values are finite and weights and L non-negative, which reads them back to the host
+
+Tensors share one dtype (but L) and one device. Results have the dtype of ``x``; for bfloat16 all arithmetic between
+the matrix products is in float32. Under ``torch.autocast`` matrix products take operands in the autocast dtype,
+everything else is in float32 and results have the autocast dtype, as those of ``torch.nn.Linear``; float64 is left
+alone.
+
+Errors name the argument and are raised before any work: ValueError (shapes, dtypes, devices, values, names) and
+TypeError. Which derivatives exist under which transformation is in the support matrix of the README.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _backend, ops, reference
+from ._errors import unknown_name
+from .activations import Activation, EncodedActivations, encode
+
+
+class BrenierGradients(NamedTuple):
+    """Gradients of ``sum <v, T> + sum u phi``; None where not asked for or not a tensor."""
+
+    x: Tensor | None
+    skip_weight: Tensor | None
+    bias: Tensor | None
+    weights: list[Tensor] | None
+    inverse_lipschitz: Tensor | None
+    embedding: Tensor | None
+
+
+class Operands(NamedTuple):
+    """The arguments of one call, checked where Python holds them and in the form the operators take."""
+
+    x: Tensor
+    skip_weight: Tensor
+    bias: Tensor
+    weights: Sequence[Tensor]
+    inverse_lipschitz: Tensor
+    embedding: Tensor | None
+    activations: EncodedActivations
+
+    def reference_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]], dict]:
+        """Positional and keyword arguments of :mod:`ilvae_fast.reference`."""
+        embedding: Tensor | int | None = self.embedding
+        if embedding is None and self.x.shape[-1] != self.skip_weight.shape[-1]:
+            embedding = int(self.skip_weight.shape[-1])
+        return (self.x, self.skip_weight, self.bias, self.weights), {
+            "activations": self.activations.layers,
+            "inverse_lipschitz": self.inverse_lipschitz,
+            "embedding": embedding,
+        }
+
+
+def check_inverse_lipschitz(value: float) -> float:
+    """A finite L >= 0 as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"inverse_lipschitz: got {type(value).__name__}, wanted a float or a tensor with one element")
+    if not torch.compiler.is_compiling() and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"inverse_lipschitz: got {value!r}, wanted a finite number >= 0")
+    return value
+
+
+def _constant(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dim() > 1:
+            raise ValueError(f"inverse_lipschitz: got shape {tuple(value.shape)}, wanted one element")
+        return value if value.dim() == 1 else value.reshape(1)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.full((1,), check_inverse_lipschitz(value), dtype=dtype, device=like.device)
+
+
+def _validate(operands: Operands) -> None:
+    named = {
+        "x": operands.x,
+        "skip_weight": operands.skip_weight,
+        "bias": operands.bias,
+        "inverse_lipschitz": operands.inverse_lipschitz,
+        "embedding": operands.embedding,
+        **{f"weights[{k}]": w for k, w in enumerate(operands.weights)},
+    }
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        tensor = tensor.detach()
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{name}: got {bad} non-finite of {tensor.numel()} values, wanted finite ones")
+        if (name.startswith("weights") or name == "inverse_lipschitz") and bool((tensor < 0).any()):
+            raise ValueError(f"{name}: got a smallest value of {float(tensor.min()):g}, wanted values >= 0")
+
+
+def prepare(
+    x: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    activations: Sequence[str | Activation] | EncodedActivations,
+    inverse_lipschitz: float | Tensor,
+    embedding: Tensor | int | None,
+    route: str,
+    validate: bool,
+) -> Operands:
+    """Check what the operators cannot see and bring the rest into their form."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+    if route != "auto":
+        _backend.check_route(route)
+    encoded = activations if isinstance(activations, EncodedActivations) else encode(activations)
+    if isinstance(embedding, int):
+        if embedding != skip_weight.shape[-1]:
+            raise ValueError(
+                f"embedding: got {embedding}, wanted the width of skip_weight, {skip_weight.shape[-1]}, or a tensor"
+            )
+        embedding = None
+    elif embedding is None and (x.dim() == 0 or x.shape[-1] != skip_weight.shape[-1]):
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, wanted (..., {skip_weight.shape[-1]}) as skip_weight "
+            f"{tuple(skip_weight.shape)} says, or an embedding"
+        )
+    operands = Operands(x, skip_weight, bias, weights, _constant(inverse_lipschitz, x), embedding, encoded)
+    if validate:
+        _validate(operands)
+    return operands
+
+
+def apply_potential_and_map(operands: Operands, want_potential: bool, want_map: bool) -> tuple[Tensor, Tensor]:
+    """Potential and map of prepared operands; what is not wanted comes back empty."""
+    if _backend._current == "reference":
+        args, options = operands.reference_arguments()
+        if not want_map:
+            return reference.potential(*args, **options), operands.x.new_empty(0)
+        return reference.potential_and_map(*args, **options)
+    return ops.potential_and_map(operands, want_potential, want_map)
+
+
+def potential(
+    x: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    activations: Sequence[str | Activation],
+    inverse_lipschitz: float | Tensor = 1.0,
+    embedding: Tensor | int | None = None,
+    route: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """``phi(B x) = G(B x) + L/2 |B x|^2``, shape (...): the convex potential (design section 2)."""
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    return apply_potential_and_map(operands, True, False)[0]
+
+
+def brenier_map(
+    x: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    activations: Sequence[str | Activation],
+    inverse_lipschitz: float | Tensor = 1.0,
+    embedding: Tensor | int | None = None,
+    route: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """``T(B x) = grad G(B x) + L B x``, shape (..., d): L-inverse Lipschitz in ``B x`` (Kinoshita et al., ICML 2023)."""
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    return apply_potential_and_map(operands, False, True)[1]
+
+
+def potential_and_map(
+    x: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    activations: Sequence[str | Activation],
+    inverse_lipschitz: float | Tensor = 1.0,
+    embedding: Tensor | int | None = None,
+    route: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(phi, T)``, shapes (...) and (..., d), for little more than the map alone."""
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    return apply_potential_and_map(operands, True, True)
+
+
+def brenier_map_vjp(
+    x: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    activations: Sequence[str | Activation],
+    map_cotangent: Tensor | None = None,
+    potential_cotangent: Tensor | None = None,
+    inverse_lipschitz: float | Tensor = 1.0,
+    embedding: Tensor | int | None = None,
+    wrt: Sequence[str] = BrenierGradients._fields,
+    route: str = "auto",
+    validate: bool = False,
+) -> BrenierGradients:
+    """The training terms: gradients of ``sum <map_cotangent, T> + sum potential_cotangent phi``.
+
+    Args:
+        map_cotangent: v (..., d), or None; without it there is no tangent sweep.
+        potential_cotangent: u (...), or None; at least one of the two is wanted.
+        wrt: names of the arguments whose gradients are wanted; the others are not computed.
+
+    Returns:
+        Gradients in the shapes and dtypes of their arguments.
+    """
+    if map_cotangent is None and potential_cotangent is None:
+        raise ValueError("map_cotangent and potential_cotangent: got neither, wanted at least one")
+    for name in wrt:
+        if name not in BrenierGradients._fields:
+            raise unknown_name("wrt", name, BrenierGradients._fields)
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    wanted = [
+        "x" in wrt,
+        "skip_weight" in wrt,
+        "bias" in wrt,
+        "inverse_lipschitz" in wrt and isinstance(inverse_lipschitz, Tensor),
+        "embedding" in wrt and operands.embedding is not None,
+        *["weights" in wrt] * len(weights),
+    ]
+    terms = ops.plain_training_terms if _backend._current == "reference" else ops.training_terms
+    gx, ga, gb, gl, ge, *gw = terms(operands, map_cotangent, potential_cotangent, wanted)
+    if isinstance(inverse_lipschitz, Tensor) and gl is not None and inverse_lipschitz.dim() == 0:
+        gl = gl.reshape(())
+    return BrenierGradients(gx, ga, gb, gw if "weights" in wrt else None, gl, ge)
+
+
+def brenier_map_jvp(
+    x: Tensor,
+    tangent: Tensor,
+    skip_weight: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    activations: Sequence[str | Activation],
+    inverse_lipschitz: float | Tensor = 1.0,
+    embedding: Tensor | int | None = None,
+    route: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(T, T')``, both (..., d): the map and its derivative along ``tangent`` (the shape of ``x``).
+
+    Without an embedding ``dT/dx`` is symmetric, so this is the vector-Jacobian product too.
+    """
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    if _backend._current == "reference":
+        return ops.plain_map_jvp(operands, tangent)
+    return ops.map_jvp(operands, tangent)
