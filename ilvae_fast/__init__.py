@@ -6,4 +6,7 @@ from ._backend import build_info as build_info
 from ._backend import use_backend as use_backend
 from ._version import __version__ as __version__
 from .activations import Activation as Activation
+from .decoder import BrenierDecoder as BrenierDecoder
+from .layers import BrenierMap as BrenierMap
+from .layers import Trained as Trained
 from .nonneg import NonNegative as NonNegative

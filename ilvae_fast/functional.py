@@ -151,6 +151,13 @@ def apply_potential_and_map(operands: Operands, want_potential: bool, want_map: 
     return ops.potential_and_map(operands, want_potential, want_map)
 
 
+def apply_map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Map and directional derivative of prepared operands."""
+    if _backend._current == "reference":
+        return ops.plain_map_jvp(operands, tangent)
+    return ops.map_jvp(operands, tangent)
+
+
 def potential(
     x: Tensor,
     skip_weight: Tensor,
@@ -266,6 +273,4 @@ def brenier_map_jvp(
     Without an embedding ``dT/dx`` is symmetric, so this is the vector-Jacobian product too.
     """
     operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
-    if _backend._current == "reference":
-        return ops.plain_map_jvp(operands, tangent)
-    return ops.map_jvp(operands, tangent)
+    return apply_map_jvp(operands, tangent)

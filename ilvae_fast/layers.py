@@ -1,0 +1,235 @@
+"""BrenierMap: the gradient of an input-convex network plus ``L x``, as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from ._backend import check_route
+from .activations import Activation, as_activation, encode
+from .initialization import initialize_
+from .nonneg import NonNegative, as_nonnegative
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained inverse-Lipschitz constant: ``nonneg`` of a raw parameter, ``initial`` at first (> 0)."""
+
+    initial: float = 1.0
+    nonneg: str | NonNegative = "softplus"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.initial) and self.initial > 0):
+            raise ValueError(f"il.Trained: got initial {self.initial!r}, wanted a finite number > 0")
+        object.__setattr__(self, "nonneg", as_nonnegative(self.nonneg))
+
+
+def check_positive(argument: str, value: Any) -> int:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted a positive int")
+    if value < 1:
+        raise ValueError(f"{argument}: got {value}, wanted at least 1")
+    return value
+
+
+class BrenierMap(nn.Module):
+    r"""``T(x) = grad G(x) + L x`` with an input-convex network ``G``: monotone, symmetric Jacobian, L-inverse Lipschitz.
+
+    ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 the map is a bijection of R^d,
+    the Brenier map of optimal transport between its input's and its output's distribution.
+
+    Args:
+        in_features: d.
+        hidden_features: widths n_1 .. n_K of the hidden layers.
+        activation: of the hidden layers, a name or :class:`ilvae_fast.Activation`.
+        first_activation: of the first hidden layer, if another; convex, need not be monotone.
+        output_activation: of the scalar output.
+        nonneg: parametrisation of the non-negative weights, a name or :class:`ilvae_fast.NonNegative`.
+        inverse_lipschitz: L. A float or a tensor with one element is a constant, kept in a buffer; assigning to the
+            attribute fills it in place, which never recompiles. :class:`ilvae_fast.Trained` makes it a parameter.
+        route: see :func:`ilvae_fast.plan`.
+        validate: check parameters and inputs for NaN, infinity and sign at every call (synchronises with a GPU).
+        device, dtype: of the parameters; L is kept at least in float32 whatever the layer's dtype.
+
+    State: skip_weight (S+1, d), bias (S+1,), raw_weights.{0..K-1} [(n_2, n_1), .., (1, n_K)], inverse_lipschitz (1,)
+    (raw_inverse_lipschitz (1,) if trained).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    raw_weights: nn.ParameterList
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: Sequence[int] = (128, 128),
+        *,
+        activation: str | Activation = "softplus",
+        first_activation: str | Activation | None = None,
+        output_activation: str | Activation = "identity",
+        nonneg: str | NonNegative = "softplus",
+        inverse_lipschitz: float | Tensor | Trained = 1.0,
+        route: str = "auto",
+        validate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_positive("in_features", in_features)
+        if isinstance(hidden_features, int) or len(hidden_features) == 0:
+            raise ValueError(f"hidden_features: got {hidden_features!r}, wanted a sequence of at least one width")
+        self.hidden_features = tuple(check_positive(f"hidden_features[{k}]", n) for k, n in enumerate(hidden_features))
+        hidden = as_activation(activation)
+        first = hidden if first_activation is None else as_activation(first_activation, "first_activation")
+        output = as_activation(output_activation, "output_activation")
+        self._activations = encode([first, *[hidden] * (len(self.hidden_features) - 1), output])
+        self.nonneg = as_nonnegative(nonneg)
+        check_route(route)
+        self.route, self.validate = route, validate
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.get_default_dtype()}
+        if factory["dtype"] not in (torch.float64, torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype: got {dtype}, wanted float64, float32 or bfloat16")
+        units = sum(self.hidden_features)
+        self.skip_weight = nn.Parameter(torch.empty(units + 1, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(units + 1, **factory))
+        shapes = zip([*self.hidden_features[1:], 1], self.hidden_features, strict=True)
+        self.raw_weights = nn.ParameterList([nn.Parameter(torch.empty(*shape, **factory)) for shape in shapes])
+
+        constant_dtype = torch.promote_types(factory["dtype"], torch.float32)
+        constant = torch.empty(1, device=device, dtype=constant_dtype)
+        if isinstance(inverse_lipschitz, Trained):
+            self.trained: NonNegative | None = as_nonnegative(inverse_lipschitz.nonneg)
+            self.raw_inverse_lipschitz = nn.Parameter(constant)
+            self.inverse_lipschitz = inverse_lipschitz.initial
+        else:
+            self.trained = None
+            # register_buffer refuses a name that is a property
+            self._buffers["inverse_lipschitz"] = constant
+            if isinstance(inverse_lipschitz, Tensor) and inverse_lipschitz.numel() == 1:
+                inverse_lipschitz = float(inverse_lipschitz)
+            self.inverse_lipschitz = inverse_lipschitz
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew (:mod:`ilvae_fast.initialization`); L stays as it is."""
+        with torch.no_grad():
+            effective = [torch.empty_like(raw, dtype=torch.float32) for raw in self.raw_weights]
+            initialize_(self.skip_weight, self.bias, effective, self._activations.layers)
+            for raw, weight in zip(self.raw_weights, effective, strict=True):
+                raw.copy_(self.nonneg.raw(weight))
+
+    @property
+    def inverse_lipschitz(self) -> Tensor:
+        """L (1,), non-negative. Assigning a number or a tensor with one element fills it in place."""
+        if self.trained is not None:
+            return self.trained(self.raw_inverse_lipschitz)
+        constant = self._buffers["inverse_lipschitz"]
+        assert constant is not None
+        return constant
+
+    @inverse_lipschitz.setter
+    def inverse_lipschitz(self, value: float | Tensor) -> None:
+        raise AssertionError("unreachable: __setattr__ takes it")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "inverse_lipschitz":  # nn.Module would refuse a number for a buffer
+            self._fill_inverse_lipschitz(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _fill_inverse_lipschitz(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"inverse_lipschitz: got shape {tuple(value.shape)}, wanted one element")
+            value = value.detach().reshape(1)
+        else:
+            value = torch.tensor([float(functional.check_inverse_lipschitz(value))], dtype=torch.float64)
+        if self.trained is None:
+            self._buffers["inverse_lipschitz"].copy_(value)  # type: ignore[union-attr]
+        else:
+            self.raw_inverse_lipschitz.copy_(self.trained.raw(value))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BrenierMap:
+        # A constant of the guarantee is not rounded to the layer's dtype: keep it at least in float32.
+        name = "inverse_lipschitz" if self.trained is None else "raw_inverse_lipschitz"
+        store: dict[str, Any] = self._buffers if self.trained is None else self._parameters
+        before = store[name].detach()
+        super()._apply(fn, recurse)
+        after = store[name]
+        if torch.promote_types(after.dtype, torch.float32) != after.dtype:
+            kept = before.to(after.device)
+            if self.trained is None:
+                store[name] = kept
+            else:
+                after.data = kept
+        return self
+
+    def nonneg_weights(self) -> list[Tensor]:
+        """The effective, non-negative weights [W_2, .., W_K, w] of the raw ones."""
+        return [self.nonneg(raw) for raw in self.raw_weights]
+
+    def operands(self, x: Tensor, embedding: Tensor | int | None = None) -> functional.Operands:
+        """The arguments of :mod:`ilvae_fast.functional` at ``x``."""
+        return functional.prepare(
+            x,
+            self.skip_weight,
+            self.bias,
+            self.nonneg_weights(),
+            self._activations,
+            self.inverse_lipschitz,
+            embedding,
+            self.route,
+            self.validate,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``T(x)``: (..., d) -> (..., d)."""
+        return functional.apply_potential_and_map(self.operands(x), False, True)[1]
+
+    def potential(self, x: Tensor) -> Tensor:
+        """``phi(x) = G(x) + L/2 |x|^2``: (..., d) -> (...)."""
+        return functional.apply_potential_and_map(self.operands(x), True, False)[0]
+
+    def potential_and_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(phi(x), T(x))``: (..., d) -> (...), (..., d)."""
+        return functional.apply_potential_and_map(self.operands(x), True, True)
+
+    def jvp(self, x: Tensor, v: Tensor, embedding: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """``(T(B x), dT(B x)/dx v)``, for x and v (..., d), or (..., m) with an embedding B."""
+        return functional.apply_map_jvp(self.operands(x, embedding), v)
+
+    def jacobian(self, x: Tensor) -> Tensor:
+        """``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L."""
+        return stacked_tangents(self.jvp, x)
+
+    def extra_repr(self) -> str:
+        *hidden, output = self._activations.layers
+        names = ", ".join(a.name for a in hidden)
+        constant = "trained" if self.trained is not None else self._constant_repr()
+        return (
+            f"{self.in_features}, hidden_features={self.hidden_features}, activations=({names}; {output.name}), "
+            f"nonneg={self.nonneg.name}, inverse_lipschitz={constant}"
+        )
+
+    def _constant_repr(self) -> str:
+        constant = self.inverse_lipschitz
+        return "meta" if constant.is_meta else f"{constant.item():g}"
+
+
+def stacked_tangents(jvp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """The Jacobian (..., D, m) at x (..., m), one tangent per input coordinate in a single batched call."""
+    m = x.shape[-1]
+    tangents = torch.eye(m, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], m, m)
+    return jvp(x.unsqueeze(-2).expand(*x.shape[:-1], m, m), tangents)[1].mT
+
+
