@@ -248,9 +248,9 @@ Values potential_and_map(const Problem& p, bool want_potential, bool want_map, b
     values.map = values.map.to(p.output);
   }
   if (save) {
-    const auto none = at::empty({0}, p.options(p.real));
-    values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none,
-                    p.embedding.defined() ? sweep.embedded_weight() : none};
+    const auto none = [&] { return at::empty({0}, p.options(p.real)); };
+    values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none(),
+                    p.embedding.defined() ? sweep.embedded_weight() : none()};
   }
   return values;
 }

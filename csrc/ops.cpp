@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
                         activation_parameters, product_dtype);
   const Problem p(c);
   auto values = matmul::potential_and_map(p, want_potential, want_map, save);
-  const auto none = at::empty({0}, p.options(p.output));
-  return {want_potential ? values.potential.view(leading(x)) : none,
-          want_map ? values.map.view(with_last(leading(x), p.width)) : none, std::move(values.saved)};
+  const auto none = [&] { return at::empty({0}, p.options(p.output)); };
+  return {want_potential ? values.potential.view(leading(x)) : none(),
+          want_map ? values.map.view(with_last(leading(x), p.width)) : none(), std::move(values.saved)};
 }
 
 std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -261,18 +261,23 @@ void raise_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY(ilvae_fast, m) {
+  // any strides will do, and transformations are right: without the first, compiled regions fail on expanded inputs
+  const std::vector<at::Tag> tags{at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
   m.def(
       "potential_and_map(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, int[] activations, float[] activation_parameters, bool want_potential, bool want_map, "
-      "bool save=False, ScalarType? product_dtype=None) -> (Tensor potential, Tensor map, Tensor[] saved)");
+      "bool save=False, ScalarType? product_dtype=None) -> (Tensor potential, Tensor map, Tensor[] saved)",
+      tags);
   m.def(
       "training_terms(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, Tensor? map_cotangent, Tensor? potential_cotangent, Tensor[] saved, int[] activations, "
-      "float[] activation_parameters, int wanted, ScalarType? product_dtype=None) -> Tensor[]");
+      "float[] activation_parameters, int wanted, ScalarType? product_dtype=None) -> Tensor[]",
+      tags);
   m.def(
       "map_jvp(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, Tensor tangent, int[] activations, float[] activation_parameters, "
-      "ScalarType? product_dtype=None) -> (Tensor map, Tensor map_tangent)");
+      "ScalarType? product_dtype=None) -> (Tensor map, Tensor map_tangent)",
+      tags);
   m.def(
       "training_terms_backward(Tensor[] cotangents, Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, "
       "Tensor inverse_lipschitz, Tensor? embedding, Tensor? map_cotangent, Tensor? potential_cotangent, "

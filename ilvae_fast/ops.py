@@ -79,8 +79,8 @@ def _plain_map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor 
     outputs = Static(static.activations, (False, True))
     (value,), (derivative,) = torch.func.jvp(
         lambda x: _plain_potential_and_map(outputs, x, *tensors),  # type: ignore[arg-type]
-        (x,),
-        (tangent,),
+        (x.contiguous(),),  # dual numbers of overlapping memory are refused in compiled regions
+        (tangent.contiguous(),),
     )
     return value, derivative
 
@@ -140,7 +140,7 @@ def _differentiable(
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
             moving = [t is not None for t in tangents]
             function, primals = _of_some(plain, ctx.static, ctx.saved_tensors, moving)
-            return torch.func.jvp(function, tuple(primals), tuple(t for t in tangents if t is not None))[1]
+            return _push_forward(function, primals, [t for t in tangents if t is not None])
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *tensors: Tensor | None) -> Any:
@@ -158,6 +158,18 @@ def _differentiable(
 
     Rules.__name__ = Rules.__qualname__ = name
     return Rules
+
+
+def _push_forward(
+    function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor | None], tangents: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The Jacobian-vector product of ``function``."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.jvp(function, tuple(primals), tuple(tangents))[1]
+    # A dual level of torch.autograd.forward_ad is open and forward mode does not nest: transpose the pull-back instead.
+    values, pull = torch.func.vjp(function, *primals)
+    _, transposed = torch.func.vjp(pull, tuple(torch.zeros_like(v) for v in values))
+    return transposed(tuple(tangents))[0]
 
 
 def _pull_back(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor | None]]:
@@ -256,6 +268,11 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _apply(function: Any, plain: Callable[..., tuple[Tensor, ...]], static: Static, *tensors: Tensor | None) -> Any:
+    """The differentiable function; its plain version in compiled regions, which cannot trace functions with rules."""
+    return plain(static, *tensors) if torch.compiler.is_compiling() else function.apply(static, *tensors)
+
+
 def _in_order(operands: Operands) -> tuple[Tensor | None, ...]:
     x, skip_weight, bias, weights, constant, embedding, _ = operands
     return x, skip_weight, bias, constant, embedding, *weights
@@ -266,7 +283,8 @@ def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) 
     x, skip_weight, bias, weights, constant, embedding, activations = operands
     if _transforms_active():
         wanted = (want_potential, want_map)
-        results = iter(_PotentialAndMap.apply(Static(activations, wanted), *_in_order(operands)))
+        static = Static(activations, wanted)
+        results = iter(_apply(_PotentialAndMap, _plain_potential_and_map, static, *_in_order(operands)))
         phi, t = (next(results) if w else x.new_empty(0) for w in wanted)
         return phi, t
     codes, parameters, _ = activations
@@ -281,7 +299,8 @@ def training_terms(
     """Gradients in tensor order; None where not wanted."""
     if _transforms_active():
         static = Static(operands.activations, tuple(wanted))
-        terms = _TrainingTerms.apply(static, map_cotangent, potential_cotangent, *_in_order(operands))
+        cotangents = (map_cotangent, potential_cotangent)
+        terms = _apply(_TrainingTerms, _plain_training_terms, static, *cotangents, *_in_order(operands))
         return _spread(terms, wanted)
     x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _) = operands
     results = _training_terms(
@@ -304,7 +323,7 @@ def training_terms(
 def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """The map (..., d) and its derivative along ``tangent``."""
     if _transforms_active():
-        return _MapJvp.apply(Static(operands.activations, ()), tangent, *_in_order(operands))
+        return _apply(_MapJvp, _plain_map_jvp, Static(operands.activations, ()), tangent, *_in_order(operands))
     x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _) = operands
     return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters)
 

@@ -2,7 +2,7 @@
 
 One formula, the potential, written as anybody would write an input-convex network (Amos et al., ICML 2017); the map is
 its gradient and the training terms are the gradients of the map, all left to automatic differentiation. Inside
-``torch.func`` transforms and compiled regions, where ``torch.autograd.grad`` is refused, the gradient is taken by
+``torch.func`` transforms, dual levels and compiled regions, where ``torch.autograd.grad`` is refused, the gradient is taken by
 ``torch.func.grad``. Everything here differentiates any number of times.
 
 Arguments are those of :mod:`ilvae_fast.functional` (which checks them); see there for shapes.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .activations import Activation, encode
@@ -23,9 +24,9 @@ def embed(x: Tensor, embedding: Tensor | int | None) -> Tensor:
     """``B x``: the input of the potential, of width d."""
     if embedding is None:
         return x
-    if isinstance(embedding, int):
-        return F.pad(x, (0, embedding - x.shape[-1]))
-    return x @ embedding.mT
+    if isinstance(embedding, Tensor):
+        return x @ embedding.mT
+    return F.pad(x, (0, embedding - x.shape[-1]))
 
 
 def convex_network(
@@ -88,7 +89,7 @@ def potential_and_map(
     embedding: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``phi(B x)``, shape (...), and ``T(B x) = grad phi``, shape (..., d)."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         y = embed(x, embedding)
 
         def total(y: Tensor) -> tuple[Tensor, Tensor]:
