@@ -120,8 +120,8 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     auto terms = at_next_order([&] {
       return training_terms().call(kept[grad_x], kept[grad_skip_weight], kept[grad_bias], weights,
                                    kept[grad_inverse_lipschitz], optional(kept[grad_embedding]),
-                                   optional(cotangents[1]), optional(cotangents[0]), saved, s.activations,
-                                   s.parameters, wanted, s.product_dtype);
+                                   optional(cotangents[1]), optional(cotangents[0]), saved, s.activations, s.parameters,
+                                   wanted, s.product_dtype);
     });
     for (size_t i = 0; i < terms.size(); ++i) {
       if ((wanted >> i) & 1) gradients[i] = std::move(terms[i]);
@@ -136,11 +136,12 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
                                at::TensorList weights, const Static& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto terms = training_terms().call(x, skip_weight, bias, weights, constant, embedding, map_cotangent,
-                                       potential_cotangent, s.saved, s.activations, s.parameters, s.wanted,
-                                       s.product_dtype);
-    variable_list kept{map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()), x, skip_weight, bias,
-                       constant, embedding.value_or(Tensor())};
+    auto terms =
+        training_terms().call(x, skip_weight, bias, weights, constant, embedding, map_cotangent, potential_cotangent,
+                              s.saved, s.activations, s.parameters, s.wanted, s.product_dtype);
+    variable_list kept{
+        map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()), x, skip_weight, bias, constant,
+        embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     ctx->save_for_backward(kept);
     s.store(ctx);
@@ -164,11 +165,11 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
       if ((s.wanted >> i) & 1) given.push_back(cotangents[i]);
     }
     auto terms = without_autocast([&] {
-      return training_terms_backward().call(
-          given, kept[first + grad_x], kept[first + grad_skip_weight], kept[first + grad_bias],
-          at::TensorList(kept).slice(first + grad_weights), kept[first + grad_inverse_lipschitz],
-          optional(kept[first + grad_embedding]), optional(kept[0]), optional(kept[1]), s.activations, s.parameters,
-          s.wanted, needed);
+      return training_terms_backward().call(given, kept[first + grad_x], kept[first + grad_skip_weight],
+                                            kept[first + grad_bias], at::TensorList(kept).slice(first + grad_weights),
+                                            kept[first + grad_inverse_lipschitz],
+                                            optional(kept[first + grad_embedding]), optional(kept[0]),
+                                            optional(kept[1]), s.activations, s.parameters, s.wanted, needed);
     });
     variable_list gradients(kept.size() + 1);
     for (size_t i = 0; i < kept.size(); ++i) {
@@ -183,8 +184,8 @@ struct MapJvpFunction : Function<MapJvpFunction> {
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
                                at::TensorList weights, const Static& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent,
-                                             s.activations, s.parameters, s.product_dtype);
+    auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent, s.activations,
+                                             s.parameters, s.product_dtype);
     variable_list kept{tangent, x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     ctx->save_for_backward(kept);
@@ -240,8 +241,7 @@ std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_
                map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return training_terms().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, map_cotangent,
-                                 potential_cotangent, saved, activations, activation_parameters, wanted,
-                                 product_dtype);
+                                 potential_cotangent, saved, activations, activation_parameters, wanted, product_dtype);
   }
   const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, saved.vec()};
   return TrainingTermsFunction::apply(map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz,

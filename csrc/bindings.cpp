@@ -1,6 +1,8 @@
-// The Python module ilvae_fast._C: what was built. Loading it registers the operators.
+// The Python module ilvae_fast._C: what was built, and plans. Loading it registers the operators.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "core/plan.h"
 #include "cpu/pointwise.h"
 #if defined(ILVAE_CUDA)
 #include "cuda/toolkit.h"
@@ -24,5 +26,15 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_architectures"] = "";
 #endif
     return info;
+  });
+  py::class_<ilvae::Plan>(m, "Plan")
+      .def_readonly("route", &ilvae::Plan::route)
+      .def_readonly("reason", &ilvae::Plan::reason)
+      .def_readonly("map_flops", &ilvae::Plan::map_flops)
+      .def_readonly("training_flops", &ilvae::Plan::training_flops)
+      .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
+  m.def("plan", [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense,
+                   int64_t real_bytes, int64_t operand_bytes) {
+    return ilvae::plan({rows, input, width, std::move(widths), dense, real_bytes, operand_bytes});
   });
 }

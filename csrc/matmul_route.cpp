@@ -67,8 +67,8 @@ class Sweep {
       if (tangent) a_tangent_ = stack_.narrow(0, p.rows, p.rows);
     }
     embedded_weight_ = !p.embedding.defined() ? (p.padded() ? p.skip_weight.narrow(1, 0, p.input) : p.skip_weight)
-                       : saved.empty() ? at::mm(p.skip_weight, p.embedding.to(p.operand))
-                                       : saved[2];
+                       : saved.empty()        ? at::mm(p.skip_weight, p.embedding.to(p.operand))
+                                              : saved[2];
   }
 
   // A B: (S+1, m), in operand type.
@@ -148,8 +148,7 @@ class Sweep {
         multiply(g_tangent, d.narrow(0, 0, p_.rows), p_.weights[below]);
         g = p_.columns(saved_adjoints_, below);
       } else {
-        g = keep ? p_.columns(adjoints_, below)
-                 : at::empty({stacks_ * p_.rows, p_.widths[below]}, p_.options(p_.real));
+        g = keep ? p_.columns(adjoints_, below) : at::empty({stacks_ * p_.rows, p_.widths[below]}, p_.options(p_.real));
         multiply(g, d, p_.weights[below]);
         if (tangent_) {
           g_tangent = g.narrow(0, 0, p_.rows);
@@ -209,8 +208,9 @@ class Quadratic {
   // L B y for rows y (.., m).
   Tensor map(const Tensor& y) const {
     const auto scaled = y.to(p_.real) * p_.inverse_lipschitz;
-    return b_.defined() ? at::mm(scaled, b_.t()) : p_.padded() ? at::constant_pad_nd(scaled, {0, p_.width - p_.input})
-                                                               : scaled;
+    return b_.defined()  ? at::mm(scaled, b_.t())
+           : p_.padded() ? at::constant_pad_nd(scaled, {0, p_.width - p_.input})
+                         : scaled;
   }
   // |B x|^2, (N).
   Tensor squared_norm() const { return (b_.defined() ? at::mm(x_, b_.t()) : x_).square().sum(1); }
@@ -291,9 +291,9 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   sweep.turn(u, {}, keep_hidden.back(), /*want_d=*/true);
   sweep.down(std::min(lowest, layers - 1), /*keep=*/false);
 
-  const auto& stacked_d = sweep.d();                                               // [D'; D]
-  const auto d_tangent = stacked_d.narrow(0, 0, p.rows);                           // D'
-  const auto d = tangent ? stacked_d.narrow(0, p.rows, p.rows) : Tensor();         // D
+  const auto& stacked_d = sweep.d();                                        // [D'; D]
+  const auto d_tangent = stacked_d.narrow(0, 0, p.rows);                    // D'
+  const auto d = tangent ? stacked_d.narrow(0, p.rows, p.rows) : Tensor();  // D
 
   // grad_W_k = D'_k^T h_{k-1} + D_k^T h'_{k-1}, the output weight's likewise
   for (size_t k = 0; k < layers; ++k) {

@@ -14,8 +14,9 @@ namespace {
 Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
                  const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
                  Floats activation_parameters, OptionalType product_dtype) {
-  Arguments arguments{x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz,
-                      embedding.value_or(Tensor()), activations, activation_parameters, product_dtype};
+  Arguments arguments{
+      x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz, embedding.value_or(Tensor()),
+      activations, activation_parameters, product_dtype};
   arguments.check();
   return arguments;
 }
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   const Problem p(c);
   auto values = matmul::potential_and_map(p, want_potential, want_map, save);
   const auto none = [&] { return at::empty({0}, p.options(p.output)); };
@@ -85,8 +86,8 @@ std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weigh
                                        const OptionalTensor& potential_cotangent, at::TensorList saved,
                                        at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
                                        OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
   const Problem p(c);
   std::vector<bool> flags(grad_weights + p.layers());
@@ -109,8 +110,8 @@ std::tuple<Tensor, Tensor> map_jvp_cpu(const Tensor& x, const Tensor& skip_weigh
                                        const OptionalTensor& embedding, const Tensor& tangent,
                                        at::IntArrayRef activations, Floats activation_parameters,
                                        OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   c.check_rows("tangent", tangent, x.sym_size(-1));
   const Problem p(c);
   auto [map, map_tangent] = matmul::map_jvp(p, tangent.reshape({p.rows, p.input}));
@@ -139,8 +140,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_meta(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   const auto output = c.output_dtype();
   const auto real = output == at::kBFloat16 ? at::kFloat : output;
   std::vector<Tensor> saved;
@@ -162,8 +163,8 @@ std::vector<Tensor> training_terms_meta(const Tensor& x, const Tensor& skip_weig
                                         const OptionalTensor& potential_cotangent, at::TensorList saved,
                                         at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
                                         OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < grad_weights + weights.size(); ++i) {
@@ -182,8 +183,8 @@ std::tuple<Tensor, Tensor> map_jvp_meta(const Tensor& x, const Tensor& skip_weig
                                         const OptionalTensor& embedding, const Tensor& tangent,
                                         at::IntArrayRef activations, Floats activation_parameters,
                                         OptionalType product_dtype) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                        activation_parameters, product_dtype);
+  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
+                        product_dtype);
   c.check_rows("tangent", tangent, x.sym_size(-1));
   return {meta_map(c), meta_map(c)};
 }
@@ -192,7 +193,8 @@ std::tuple<Tensor, Tensor> map_jvp_meta(const Tensor& x, const Tensor& skip_weig
 
 template <c10::DeviceType device>
 struct Autocast {
-  static constexpr auto key = device == c10::DeviceType::CPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::Autocast;
+  static constexpr auto key =
+      device == c10::DeviceType::CPU ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::Autocast;
 
   static Tensor float32(const Tensor& t) {
     return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf ? t.to(at::kFloat) : t;

@@ -38,11 +38,13 @@ using MapJvp = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& skip_we
 
 // Second derivatives of the two above, implemented in ilvae_fast/ops.py. needed: bit i for tensor i of
 // (map_cotangent, potential_cotangent | tangent), x, skip_weight, bias, inverse_lipschitz, embedding, weights...
-using TrainingTermsBackward = std::vector<Tensor>(
-    at::TensorList cotangents, const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
-    const Tensor& inverse_lipschitz, const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
-    const OptionalTensor& potential_cotangent, at::IntArrayRef activations, Floats activation_parameters,
-    int64_t wanted, int64_t needed);
+using TrainingTermsBackward = std::vector<Tensor>(at::TensorList cotangents, const Tensor& x, const Tensor& skip_weight,
+                                                  const Tensor& bias, at::TensorList weights,
+                                                  const Tensor& inverse_lipschitz, const OptionalTensor& embedding,
+                                                  const OptionalTensor& map_cotangent,
+                                                  const OptionalTensor& potential_cotangent,
+                                                  at::IntArrayRef activations, Floats activation_parameters,
+                                                  int64_t wanted, int64_t needed);
 using MapJvpBackward = std::vector<Tensor>(at::TensorList cotangents, const Tensor& x, const Tensor& skip_weight,
                                            const Tensor& bias, at::TensorList weights, const Tensor& inverse_lipschitz,
                                            const OptionalTensor& embedding, const Tensor& tangent,

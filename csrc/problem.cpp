@@ -28,9 +28,9 @@ void Arguments::check() const {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16, "x: got dtype ", dtype,
                     ", wanted float64, float32 or bfloat16");
-  TORCH_CHECK_VALUE(!product_dtype || *product_dtype == at::kBFloat16 || *product_dtype == at::kFloat ||
-                        *product_dtype == dtype,
-                    "autocast: got dtype ", *product_dtype, ", wanted bfloat16 or float32");
+  TORCH_CHECK_VALUE(
+      !product_dtype || *product_dtype == at::kBFloat16 || *product_dtype == at::kFloat || *product_dtype == dtype,
+      "autocast: got dtype ", *product_dtype, ", wanted bfloat16 or float32");
   TORCH_CHECK_VALUE(x.dim() >= 1, "x: got a tensor without dimensions, wanted (..., d)");
   check_like_x("skip_weight", skip_weight, x);
   check_like_x("bias", bias, x);
@@ -103,8 +103,7 @@ void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<
   TORCH_CHECK_VALUE(t.device() == x.device(), name, ": got device ", t.device(), ", wanted ", x.device());
   TORCH_CHECK_VALUE(at::isFloatingType(t.scalar_type()), name, ": got dtype ", t.scalar_type(),
                     ", wanted a floating-point one");
-  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ",
-                    print());
+  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ", print());
 }
 
 Problem::Problem(const Arguments& c)

@@ -41,15 +41,15 @@ struct Problem {
   at::ScalarType operand;  // enters matrix products: float64, float32 or bfloat16
   at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32
   at::ScalarType output;
-  int64_t rows, input, width, units;      // N, m, d, S
-  std::vector<int64_t> widths, offsets;   // n_k and its first column among the units, for the K hidden layers
-  std::vector<Activation> activations;    // K + 1
-  at::Tensor x;                           // (N, m), as it came
-  at::Tensor skip_weight;                 // operand
-  at::Tensor bias, output_weight;         // real, contiguous
-  std::vector<at::Tensor> weights;        // operand
-  at::Tensor inverse_lipschitz;           // real
-  at::Tensor embedding;                   // as it came, or undefined
+  int64_t rows, input, width, units;     // N, m, d, S
+  std::vector<int64_t> widths, offsets;  // n_k and its first column among the units, for the K hidden layers
+  std::vector<Activation> activations;   // K + 1
+  at::Tensor x;                          // (N, m), as it came
+  at::Tensor skip_weight;                // operand
+  at::Tensor bias, output_weight;        // real, contiguous
+  std::vector<at::Tensor> weights;       // operand
+  at::Tensor inverse_lipschitz;          // real
+  at::Tensor embedding;                  // as it came, or undefined
 
   size_t layers() const { return widths.size(); }
   bool padded() const { return !embedding.defined() && input < width; }

@@ -3,6 +3,7 @@
 from . import functional as functional
 from . import reference as reference
 from ._backend import build_info as build_info
+from ._backend import plan as plan
 from ._backend import use_backend as use_backend
 from ._version import __version__ as __version__
 from .activations import Activation as Activation

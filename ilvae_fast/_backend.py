@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ._errors import unknown_name
 
@@ -64,3 +67,66 @@ def build_info() -> dict[str, Any]:
     from ._version import __version__
 
     return {"version": __version__, **_C.build_info()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` says of a shape; printing it gives a small table."""
+
+    route: str
+    reason: str
+    map_flops: float
+    training_flops: float
+    saved_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"route            {self.route} ({self.reason})\n"
+            f"map              {self.map_flops / 1e6:,.3g} Mflop\n"
+            f"training terms   {self.training_flops / 1e6:,.3g} Mflop\n"
+            f"saved            {self.saved_bytes / 2**10:,.4g} KiB from forward to backward"
+        )
+
+
+def plan(
+    batch: int,
+    in_features: int,
+    hidden_features: Sequence[int],
+    *,
+    embedding_features: int | None = None,
+    embedding: str = "identity",
+    dtype: torch.dtype = torch.float32,
+    route: str = "auto",
+) -> Plan:
+    """Which route a map takes, and what it costs: a pure function of shape and dtype.
+
+    Args:
+        batch: rows N.
+        in_features: d, the width of the map.
+        hidden_features: n_1 .. n_K.
+        embedding_features: m, where the input is embedded: x = B z with z of width m.
+        embedding: "identity" or "dense", what B is.
+        dtype: of the operands of matrix products.
+        route: "auto", or a route to force.
+
+    Returns:
+        flops of the matrix products of the map and of the training terms (all gradients, one map cotangent), and the
+        bytes kept from forward to backward besides inputs and weights.
+    """
+    from . import _C
+
+    check_route(route)
+    for name, value in {"batch": batch, "in_features": in_features}.items():
+        if value < (0 if name == "batch" else 1):
+            raise ValueError(f"{name}: got {value}, wanted a positive number")
+    if not hidden_features or min(hidden_features) < 1:
+        raise ValueError(f"hidden_features: got {tuple(hidden_features)}, wanted at least one width, all positive")
+    if embedding not in ("identity", "dense"):
+        raise unknown_name("embedding", embedding, ("identity", "dense"))
+    m = in_features if embedding_features is None else embedding_features
+    if not 1 <= m <= in_features:
+        raise ValueError(f"embedding_features: got {m}, wanted 1 to {in_features}, in_features")
+    dense = embedding_features is not None and embedding == "dense"
+    real = torch.promote_types(dtype, torch.float32).itemsize
+    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize)
+    return Plan(p.route, p.reason, p.map_flops, p.training_flops, p.saved_bytes)

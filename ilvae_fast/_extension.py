@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-_CURE = "reinstall it against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ilvae_fast"
+_CURE = (
+    "reinstall it against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ilvae_fast"
+)
 
 
 def _built_with() -> str:

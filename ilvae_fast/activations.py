@@ -33,11 +33,16 @@ def _softplus(a: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(a * -beta) / beta
 
 
+def _celu(a: Tensor, alpha: float) -> Tensor:
+    # F.celu differentiates with a 1 / alpha that is rounded to float32 even in float64
+    return torch.where(a >= 0, a, alpha * torch.expm1(a.clamp(max=0) / alpha))
+
+
 _TABLE = {
     "softplus": _Kind(0, 1.0, lambda p: p > 0, "beta > 0", _softplus),
     "leaky_relu": _Kind(1, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", F.leaky_relu),
     "relu": _Kind(2, 0.0, lambda p: p == 0, "no parameter", lambda a, _: F.relu(a)),
-    "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", F.celu),
+    "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", _celu),
     "smooth_leaky_relu": _Kind(
         4, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: p * a + (1 - p) * _softplus(a, 1.0)
     ),

@@ -64,8 +64,10 @@ class BrenierDecoder(nn.Module):
             raise ValueError(f"latent_dim: got {latent_dim}, wanted at most data_dim, {data_dim}: B must be injective")
         if embedding not in EMBEDDINGS:
             raise unknown_name("embedding", embedding, EMBEDDINGS)
-        if isinstance(hidden_features, int) or len(hidden_features) != 2 or any(
-            isinstance(h, int) for h in hidden_features
+        if (
+            isinstance(hidden_features, int)
+            or len(hidden_features) != 2
+            or any(isinstance(h, int) for h in hidden_features)
         ):
             raise ValueError(f"hidden_features: got {hidden_features!r}, wanted the widths of both maps, a pair")
         self.embedding = embedding

@@ -187,7 +187,7 @@ def brenier_map(
     route: str = "auto",
     validate: bool = False,
 ) -> Tensor:
-    """``T(B x) = grad G(B x) + L B x``, shape (..., d): L-inverse Lipschitz in ``B x`` (Kinoshita et al., ICML 2023)."""
+    """``T(B x) = grad G(B x) + L B x``, shape (..., d): L-inverse Lipschitz (Kinoshita et al., ICML 2023)."""
     operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
     return apply_potential_and_map(operands, False, True)[1]
 

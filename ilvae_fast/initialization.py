@@ -1,12 +1,12 @@
 r"""Initial weights that give potential and map a sensible scale, for every activation and parametrisation.
 
 Hoedt & Klambauer (NeurIPS 2023) choose means and variances of the non-negative weights, and biases that undo the mean,
-so that *pre-activations* of an input-convex network keep zero mean and unit variance. What a Brenier map hands on is the
-*gradient*; its scale follows from the same mean-field argument.
+so that *pre-activations* of an input-convex network keep zero mean and unit variance. What a Brenier map hands on is
+the *gradient*; its scale follows from the same mean-field argument.
 
 Setting. Let x ~ N(0, I_d) and r = |x| / sqrt(d); draw skip rows A_k ~ N(0, 1/d) and hidden weights W_k log-normal (as
-there) of mean mu_k = c_k / n_{k-1} and a standard deviation equal to the mean; let biases be -e_{k-1} times the row sums
-of W_k. Given x, the pre-activations of layer k are, across its units, Gaussian with mean m_k and variance v_k:
+there) of mean mu_k = c_k / n_{k-1} and a standard deviation equal to the mean; let biases be -e_{k-1} times the row
+sums of W_k. Given x, the pre-activations of layer k are, across its units, Gaussian with mean m_k and variance v_k:
 
     m_k = c_k (E[h_{k-1}] + sqrt(Var[h_{k-1}] / n_{k-1}) xi_k - e_{k-1}),   h_k = s_k(m_k + sqrt(v_k) z), z ~ N(0, 1)
     v_k = r^2 + c_k^2 / n_{k-1} E[(h_{k-1} - e_{k-1})^2],   e_k = E[h_k] at r = 1, xi = 0
@@ -23,8 +23,9 @@ w (p = mu^2, q = 2 mu^2) downwards through D_k = g_k s'_k:
 
 T = sum_k D_k A_k has two parts. The rows A_k are independent: a random part of variance sum_k n_k q_k E[s'_k^2] / d per
 coordinate. And the potential depends on r through all units at once: with Phi(r) = c (E[h_K] - e_K) the gradient of
-Phi(|x| / sqrt(d)) has the variance Phi'(r)^2 / d^2 per coordinate. Both are proportional to the mean of w (given D_out),
-which is set so that their sum, averaged over r and xi, is 1. The output's skip row starts at 0 and adds nothing to T.
+Phi(|x| / sqrt(d)) has the variance Phi'(r)^2 / d^2 per coordinate. Both are proportional to the mean of w (given
+D_out), which is set so that their sum, averaged over r and xi, is 1. The output's skip row starts at 0 and adds nothing
+to T.
 
 For x ~ N(0, I) and L = 0 the variance of a coordinate of T, over x and weights, is then about 1: tests hold it in
 [0.25, 4] for depths 1 to 6, widths 32 to 512, d from 2 to 784, all activations and parametrisations.

@@ -40,7 +40,7 @@ def check_positive(argument: str, value: Any) -> int:
 
 
 class BrenierMap(nn.Module):
-    r"""``T(x) = grad G(x) + L x`` with an input-convex network ``G``: monotone, symmetric Jacobian, L-inverse Lipschitz.
+    r"""``T(x) = grad G(x) + L x`` with an input-convex network ``G``: monotone and L-inverse Lipschitz.
 
     ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 the map is a bijection of R^d,
     the Brenier map of optimal transport between its input's and its output's distribution.
@@ -231,5 +231,3 @@ def stacked_tangents(jvp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: 
     m = x.shape[-1]
     tangents = torch.eye(m, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], m, m)
     return jvp(x.unsqueeze(-2).expand(*x.shape[:-1], m, m), tangents)[1].mT
-
-

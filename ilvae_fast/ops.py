@@ -190,9 +190,7 @@ def _native_potential_and_map(
     static: Static, x: Tensor, skip_weight: Tensor, bias: Tensor, constant: Tensor, embedding: Tensor | None, *weights
 ) -> tuple[Tensor, ...]:
     codes, parameters, _ = static.activations
-    results = _potential_and_map(
-        x, skip_weight, bias, weights, constant, embedding, codes, parameters, *static.wanted
-    )
+    results = _potential_and_map(x, skip_weight, bias, weights, constant, embedding, codes, parameters, *static.wanted)
     return tuple(r for r, w in zip(results, static.wanted, strict=False) if w)
 
 
@@ -333,9 +331,7 @@ def plain_training_terms(
 ) -> list[Tensor | None]:
     """:func:`training_terms` by automatic differentiation."""
     static = Static(operands.activations, tuple(wanted))
-    return _spread(
-        _plain_training_terms(static, map_cotangent, potential_cotangent, *_in_order(operands)), wanted
-    )
+    return _spread(_plain_training_terms(static, map_cotangent, potential_cotangent, *_in_order(operands)), wanted)
 
 
 def plain_map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:

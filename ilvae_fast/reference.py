@@ -2,8 +2,8 @@
 
 One formula, the potential, written as anybody would write an input-convex network (Amos et al., ICML 2017); the map is
 its gradient and the training terms are the gradients of the map, all left to automatic differentiation. Inside
-``torch.func`` transforms, dual levels and compiled regions, where ``torch.autograd.grad`` is refused, the gradient is taken by
-``torch.func.grad``. Everything here differentiates any number of times.
+``torch.func`` transforms, dual levels and compiled regions, where ``torch.autograd.grad`` is refused, the gradient is
+taken by ``torch.func.grad``. Everything here differentiates any number of times.
 
 Arguments are those of :mod:`ilvae_fast.functional` (which checks them); see there for shapes.
 """

@@ -68,7 +68,7 @@ struct Function<ActivationKind::celu, T> {
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const T t = a > 0 ? T(0) : a * inverse;
     const T e = exp_nonpositive(t);
-    return {a > 0 ? a : alpha * expm1_nonpositive(t), a > 0 ? T(1) : e, a > 0 ? T(0) : e * inverse};
+    return {a > 0 ? a : alpha * expm1_nonpositive(t), a > 0 ? T(1) : e, a < 0 ? e * inverse : T(0)};
   }
 };
 

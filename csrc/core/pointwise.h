@@ -27,24 +27,24 @@ template <class Real, class Operand>
 struct HiddenLayer {
   int64_t rows = 0, width = 0;
   Activation activation;
-  const Real* bias = nullptr;         // b_k (width); the matrices below hold a_k - b_k
-  Matrix<const Real> a, a_tangent;    // (rows, width)
-  Matrix<Operand> h, h_tangent;       // (rows, width), written by up()
-  Matrix<const Real> g, g_tangent;    // (rows, width), read by down()
-  Matrix<Operand> d, d_tangent;       // (rows, width), written by down() and turn(); absent: not wanted
+  const Real* bias = nullptr;       // b_k (width); the matrices below hold a_k - b_k
+  Matrix<const Real> a, a_tangent;  // (rows, width)
+  Matrix<Operand> h, h_tangent;     // (rows, width), written by up()
+  Matrix<const Real> g, g_tangent;  // (rows, width), read by down()
+  Matrix<Operand> d, d_tangent;     // (rows, width), written by down() and turn(); absent: not wanted
 };
 
 // Layer K and the scalar output unit, where the sweep turns around.
 template <class Real, class Operand>
 struct OutputUnit {
-  Activation activation;                          // s_out
-  const Real* weight = nullptr;                   // w (n_K)
-  const Real* bias = nullptr;                     // b_out (1)
-  bool complete = false;                          // o holds o; else P_out, and turn() completes it in place
-  Matrix<Real> o, o_tangent;                      // (rows, 1)
-  Matrix<const Real> potential_cotangent;         // u (rows, 1), or absent
-  Matrix<Real> potential;                         // G (rows, 1), or absent
-  Matrix<Operand> d, d_tangent;                   // D_out, D'_out (rows, 1), or absent
+  Activation activation;                   // s_out
+  const Real* weight = nullptr;            // w (n_K)
+  const Real* bias = nullptr;              // b_out (1)
+  bool complete = false;                   // o holds o; else P_out, and turn() completes it in place
+  Matrix<Real> o, o_tangent;               // (rows, 1)
+  Matrix<const Real> potential_cotangent;  // u (rows, 1), or absent
+  Matrix<Real> potential;                  // G (rows, 1), or absent
+  Matrix<Operand> d, d_tangent;            // D_out, D'_out (rows, 1), or absent
 };
 
 // The kernels. Tangent matrices are used where layer.a_tangent is present.

@@ -1,0 +1,54 @@
+# make demo, make test and the rest each work alone on a fresh clone: they create .venv, install what is missing, build
+# what changed and run. Needs Python >= 3.10, a C++20 compiler and make.
+#
+#   PYTHON            the Python that .venv is made from
+#   TORCH             the torch to install there, e.g. TORCH="torch==2.13.0"
+#   ILVAE_FAST_CUDA   auto, on or off (see CMakeLists.txt)
+PYTHON ?= python3
+TORCH ?= torch>=2.11,<2.15
+PYTEST_OPTIONS ?=
+
+BIN := .venv/bin
+SOURCES := CMakeLists.txt setup.py ilvae_fast/_version.py $(shell find csrc -type f)
+
+.PHONY: help demo test lint format build clean
+help:
+	@echo "make demo    train VAE, LIDVAE and IL-LIDVAE on digits; report in runs/demo/report.html"
+	@echo "make test    all tests"
+	@echo "make lint    format, lint and type checks        make format   apply formats"
+	@echo "make build   environment and extension alone     make clean    remove what was built"
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+test: build
+	$(BIN)/python -m pytest -n auto $(PYTEST_OPTIONS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+build: .venv/.built
+
+.venv/.created:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# What the build itself needs comes first: the extension is compiled against the torch installed here.
+.venv/.installed: pyproject.toml .venv/.created
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy pybind11 cmake ninja "setuptools>=77"
+	@touch $@
+
+.venv/.built: $(SOURCES) .venv/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	@touch $@
+
+clean:
+	rm -rf build .venv *.egg-info ilvae_fast/_build.json ilvae_fast/*.so

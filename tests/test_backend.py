@@ -1,0 +1,163 @@
+"""Backends, build information, plans, and the messages of a mismatched installation."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ilvae_fast as il
+from ilvae_fast import _backend
+
+
+def test_use_backend_switches_and_restores():
+    layer, x = il.BrenierMap(3, (4,)), torch.randn(2, 3, requires_grad=True)
+    assert "PotentialAndMap" in layer(x).grad_fn.name()
+    with il.use_backend("reference"):
+        assert "PotentialAndMap" not in layer(x).grad_fn.name()
+        with il.use_backend("native"):
+            assert _backend.current_backend() == "native"
+        assert _backend.current_backend() == "reference"
+    with pytest.raises(KeyError), il.use_backend("reference"):
+        raise KeyError
+    assert _backend.current_backend() == "native"
+    with pytest.raises(ValueError, match="backend: got 'numpy'"), il.use_backend("numpy"):
+        pass
+
+
+def _python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_is_read_once_and_ranks_lowest():
+    code = "import ilvae_fast as il, ilvae_fast._backend as b; print(b.current_backend())"
+    assert _python(code, ILVAE_FAST_BACKEND="reference").stdout.strip() == "reference"
+    assert "ILVAE_FAST_BACKEND: got 'fast'" in _python(code, ILVAE_FAST_BACKEND="fast").stderr
+
+
+def test_build_info_is_about_this_build():
+    info = il.build_info()
+    assert info["version"] == il.__version__
+    assert info["torch"] == str(torch.__version__)
+    assert info["cpu"] in ("avx512", "avx2", "baseline")
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == "")
+
+
+VALUES = """
+import torch, ilvae_fast as il
+def numbers(*shape): return torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+x = numbers(9, 5).requires_grad_()
+t = il.functional.brenier_map(
+    x,
+    numbers(51, 5),
+    numbers(51),
+    [numbers(17, 33).abs(), numbers(1, 17).abs()],
+    activations=("softplus", "celu", "softplus"),
+)
+(g,) = torch.autograd.grad(t.square().sum(), x)
+print(il.build_info()["cpu"], *t.flatten().tolist(), *g.flatten().tolist())
+"""
+
+
+@pytest.mark.skipif(il.build_info()["cpu"] == "baseline", reason="nothing to lower: this processor has no AVX2")
+def test_every_instruction_set_computes_the_same():
+    results = {}
+    for capability in ("avx512", "avx2", "default"):
+        name, *numbers = _python(VALUES, ATEN_CPU_CAPABILITY=capability).stdout.split()
+        results[name] = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
+    assert {"avx2", "baseline"} <= set(results)
+    for values in results.values():
+        torch.testing.assert_close(values, results["baseline"], rtol=1e-12, atol=1e-13)
+
+
+def test_a_mismatched_torch_is_named_with_the_cure():
+    code = "import torch; torch.__version__ = '2.3.1'; import ilvae_fast"
+    message = _python(code).stderr
+    assert "was built for torch" in message
+    assert "runs with 2.3.1" in message
+    assert "pip install --no-build-isolation" in message
+
+
+def test_a_cuda_tensor_without_cuda_kernels_names_the_cure():
+    if torch.cuda.is_available():
+        layer = il.BrenierMap(3, (4,), device="cuda")
+        with pytest.raises(NotImplementedError, match=r"no CUDA kernels.*use_backend"):
+            layer(torch.randn(2, 3, device="cuda"))
+    else:
+        kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        for name in ("potential_and_map", "training_terms", "map_jvp"):
+            assert kernel(f"ilvae_fast::{name}", "CUDA")
+
+
+# plans
+
+
+def test_plan_counts_flops_and_bytes():
+    plan = il.plan(512, 2, (64, 64))
+    forward = 2 * 512 * (2 * 129 + 64 * 64 + 64)  # F of the design
+    assert plan.map_flops == 2 * forward
+    assert plan.training_flops == 4 * forward
+    assert plan.saved_bytes == 4 * 512 * (129 + 64)
+    assert plan.route == "matmul"
+    assert "Mflop" in str(plan)
+
+
+def test_plan_sees_the_injection():
+    wide, narrow = il.plan(128, 784, (512, 512)), il.plan(128, 784, (512, 512), embedding_features=10)
+    skip = 2 * 128 * 784 * 1025
+    assert wide.training_flops - narrow.training_flops == pytest.approx(2 * skip * (1 - 10 / 784))
+    dense = il.plan(128, 784, (512, 512), embedding_features=10, embedding="dense")
+    assert dense.map_flops > narrow.map_flops
+    assert dense.saved_bytes == narrow.saved_bytes + 4 * 1025 * 10
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "embedding"), [(5, (8, 7, 6), None), (9, (8,), "identity"), (9, (8, 3), "dense")]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_plan_predicts_what_is_saved(width, hidden, embedding, dtype):
+    m = 4 if embedding else None
+    layer = il.BrenierMap(width, hidden, dtype=dtype)
+    b = {"dense": torch.randn(width, 4, dtype=dtype), "identity": width, None: None}[embedding]
+    x = torch.randn(32, m or width, dtype=dtype)
+    weights = layer.nonneg_weights()
+    tensors = [x, *layer.parameters(), *weights, layer.inverse_lipschitz, *([b] if embedding == "dense" else [])]
+    own = {t.untyped_storage().data_ptr() for t in tensors}
+    sizes = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            sizes.append(t.numel() * t.itemsize)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        il.functional.brenier_map(
+            x,
+            layer.skip_weight,
+            layer.bias,
+            weights,
+            activations=["softplus"] * len(hidden) + ["identity"],
+            inverse_lipschitz=layer.inverse_lipschitz,
+            embedding=b,
+        )
+    plan = il.plan(32, width, hidden, embedding_features=m, embedding=embedding or "identity", dtype=dtype)
+    assert sum(sizes) == plan.saved_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((-1, 2, (3,)), {}, "batch: got -1"),
+        ((1, 0, (3,)), {}, "in_features: got 0"),
+        ((1, 2, ()), {}, "hidden_features: got"),
+        ((1, 2, (3,)), {"embedding_features": 3}, "embedding_features: got 3, wanted 1 to 2"),
+        ((1, 2, (3,)), {"embedding": "sparse"}, "embedding: got 'sparse'"),
+        ((1, 2, (3,)), {"route": "fusd"}, "route: got 'fusd'"),
+    ],
+)
+def test_plan_refusals(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        il.plan(*arguments, **options)

@@ -1,0 +1,205 @@
+"""BrenierMap as a module: state, constants, dtypes, copies, methods, refusals."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import ilvae_fast as il
+
+
+def _layer(**options):
+    return il.BrenierMap(5, (8, 7), dtype=torch.float64, **options)
+
+
+def test_state_is_the_contract():
+    shapes = {name: tuple(t.shape) for name, t in _layer().state_dict().items()}
+    assert shapes == {
+        "skip_weight": (16, 5),
+        "bias": (16,),
+        "raw_weights.0": (7, 8),
+        "raw_weights.1": (1, 7),
+        "inverse_lipschitz": (1,),
+    }
+    trained = _layer(inverse_lipschitz=il.Trained(2.0)).state_dict()
+    assert trained["raw_inverse_lipschitz"].shape == (1,)
+    assert "inverse_lipschitz" not in trained
+
+
+def test_methods_agree_with_each_other():
+    layer, x, v = _layer(), torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    phi, t = layer.potential_and_map(x)
+    torch.testing.assert_close(layer(x), t)
+    torch.testing.assert_close(layer.potential(x), phi)
+    torch.testing.assert_close(layer.jvp(x, v)[0], t)
+    jacobian = layer.jacobian(x)
+    assert jacobian.shape == (2, 3, 5, 5)
+    torch.testing.assert_close((jacobian @ v[..., None])[..., 0], layer.jvp(x, v)[1])
+    with il.use_backend("reference"):
+        torch.testing.assert_close(layer(x), t)
+        torch.testing.assert_close(layer.jacobian(x), jacobian)
+
+
+def test_the_jacobian_is_differentiable():
+    layer = _layer()
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(layer.jacobian(x).square().sum(), x)
+    with il.use_backend("reference"):
+        (theirs,) = torch.autograd.grad(layer.jacobian(x).square().sum(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_constant_is_filled_in_place():
+    layer = _layer(inverse_lipschitz=0.5)
+    buffer = layer.inverse_lipschitz
+    x = torch.randn(4, 5, dtype=torch.float64)
+    before = layer(x)
+    layer.inverse_lipschitz = 2.0
+    assert layer.inverse_lipschitz is buffer
+    torch.testing.assert_close(layer(x) - before, 1.5 * x)
+    layer.inverse_lipschitz = torch.tensor(0.25)
+    assert buffer.item() == 0.25
+
+
+def test_a_tensor_makes_a_constant_too():
+    constant = torch.tensor([0.75])
+    layer = _layer(inverse_lipschitz=constant)
+    constant.fill_(3.0)
+    assert layer.inverse_lipschitz.item() == 0.75
+
+
+def test_a_trained_constant_stays_non_negative_and_learns():
+    layer = _layer(inverse_lipschitz=il.Trained(0.5))
+    assert layer.inverse_lipschitz.item() == pytest.approx(0.5, rel=1e-12)
+    x = torch.randn(64, 5, dtype=torch.float64)
+    optimiser = torch.optim.SGD([layer.raw_inverse_lipschitz], lr=0.05)
+    for _ in range(50):
+        optimiser.zero_grad()
+        layer(x).square().sum(-1).mean().backward()  # asks for as small a constant as there is
+        optimiser.step()
+    assert 0 <= layer.inverse_lipschitz.item() < 0.4
+    layer.inverse_lipschitz = 1.5
+    assert layer.inverse_lipschitz.item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("constant", [1 / 3, il.Trained(1 / 3)])
+def test_the_constant_is_never_rounded_to_a_low_dtype(constant):
+    layer = il.BrenierMap(5, (4,), inverse_lipschitz=constant)
+    exact = layer.inverse_lipschitz.item()
+    layer.bfloat16()
+    assert layer.skip_weight.dtype == torch.bfloat16
+    assert layer.inverse_lipschitz.dtype == torch.float32
+    assert layer.inverse_lipschitz.item() == exact
+    assert layer(torch.randn(2, 5).bfloat16()).dtype == torch.bfloat16
+    layer.double()
+    assert layer.inverse_lipschitz.dtype == torch.float64
+    layer.to(torch.float32)
+    assert layer(torch.randn(2, 5)).dtype == torch.float32
+    assert il.BrenierMap(5, (4,), dtype=torch.bfloat16).inverse_lipschitz.dtype == torch.float32
+
+
+@pytest.mark.parametrize("constant", [0.7, il.Trained(0.7)])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict", "torch.save"])
+def test_copies_compute_the_same(constant, way):
+    layer, x = _layer(inverse_lipschitz=constant), torch.randn(3, 5, dtype=torch.float64)
+    if way == "deepcopy":
+        copied = copy.deepcopy(layer)
+    elif way == "pickle":
+        copied = pickle.loads(pickle.dumps(layer))
+    elif way == "state_dict":
+        copied = _layer(inverse_lipschitz=il.Trained(9.0) if isinstance(constant, il.Trained) else 9.0)
+        copied.load_state_dict(layer.state_dict())
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    torch.testing.assert_close(copied(x), layer(x), rtol=0, atol=0)
+    with torch.no_grad():
+        copied.skip_weight.add_(1)
+    assert not torch.equal(copied(x), layer(x))
+
+
+def test_meta_device_and_to_empty():
+    layer = il.BrenierMap(5, (4,), device="meta")
+    assert layer(torch.randn(3, 5, device="meta")).shape == (3, 5)
+    assert "meta" in repr(layer)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    layer.inverse_lipschitz = 1.0
+    assert layer(torch.randn(3, 5)).isfinite().all()
+
+
+def test_one_dimension_and_eight_layers():
+    layer = il.BrenierMap(1, (3, 1, 7, 2, 5, 4, 1, 6), dtype=torch.float64)
+    x = torch.linspace(-3, 3, 101, dtype=torch.float64)[:, None]
+    assert (layer(x).diff(dim=0) >= 6 / 100 * (1 - 1e-10)).all()
+
+
+def test_repr_says_what_it_is():
+    text = repr(il.BrenierMap(5, (8, 7), first_activation="squared_leaky_relu", inverse_lipschitz=0.5))
+    assert "5, hidden_features=(8, 7)" in text
+    assert "squared_leaky_relu" in text
+    assert "inverse_lipschitz=0.5" in text
+
+
+def test_training_with_an_ordinary_optimiser():
+    torch.manual_seed(0)
+    layer = il.BrenierMap(2, (32, 32), inverse_lipschitz=0.1)
+    x = torch.randn(256, 2)
+    target = x @ torch.tensor([[2.0, 0.5], [0.5, 1.0]]) + 1  # the gradient of a convex quadratic
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
+    losses = []
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((0,), {}, ValueError, "in_features: got 0, wanted at least 1"),
+        ((2.5,), {}, TypeError, "in_features: got float 2.5"),
+        ((5, ()), {}, ValueError, r"hidden_features: got \(\), wanted"),
+        ((5, 64), {}, ValueError, "hidden_features: got 64"),
+        ((5, (4, 0)), {}, ValueError, r"hidden_features\[1\]: got 0"),
+        ((5, (4,)), {"activation": "celuu"}, ValueError, "activation: got 'celuu'.*nearest: 'celu'"),
+        ((5, (4, 4)), {"activation": "squared_leaky_relu"}, ValueError, "non-decreasing"),
+        ((5, (4,)), {"output_activation": "squared_leaky_relu"}, ValueError, "non-decreasing"),
+        ((5, (4,)), {"nonneg": "sofplus"}, ValueError, "nonneg: got 'sofplus'"),
+        ((5, (4,)), {"inverse_lipschitz": -1.0}, ValueError, "inverse_lipschitz: got -1.0"),
+        ((5, (4,)), {"inverse_lipschitz": torch.ones(2)}, ValueError, r"inverse_lipschitz: got shape \(2,\)"),
+        ((5, (4,)), {"inverse_lipschitz": torch.tensor(float("nan"))}, ValueError, "inverse_lipschitz: got nan"),
+        ((5, (4,)), {"route": "quick"}, ValueError, "route: got 'quick'"),
+        ((5, (4,)), {"dtype": torch.float16}, ValueError, "dtype: got torch.float16"),
+    ],
+)
+def test_refusals(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        il.BrenierMap(*arguments, **options)
+
+
+def test_refusals_of_the_setter():
+    layer = _layer(inverse_lipschitz=0.5)
+    for value in (-1.0, float("nan"), float("inf"), "1", None):
+        with pytest.raises((ValueError, TypeError), match="inverse_lipschitz: got"):
+            layer.inverse_lipschitz = value
+    assert layer.inverse_lipschitz.item() == 0.5
+    with pytest.raises(ValueError, match=r"il\.Trained: got initial 0"):
+        il.Trained(0.0)
+
+
+def test_validate_finds_what_a_training_step_broke():
+    layer = _layer(validate=True)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    layer(x)
+    with torch.no_grad():
+        layer.bias[3] = float("nan")
+    with pytest.raises(ValueError, match="bias: got 1 non-finite of 16 values"):
+        layer(x)

@@ -1,0 +1,257 @@
+"""The operators under PyTorch's transformations: opcheck, torch.compile, torch.func, forward mode."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.library import opcheck
+
+import ilvae_fast as il
+from cases import Case
+from ilvae_fast import functional
+
+OPS = torch.ops.ilvae_fast
+ACTIVATIONS = tuple(map(il.Activation, ("softplus", "celu", "softplus")))
+EMBEDDINGS = ["none", "identity", "dense"]
+
+
+def _tensors(embedding, dtype=torch.float64, leading=(6,)):
+    return Case(3, (4, 5), ACTIVATIONS, embedding, leading, 0.5, 11).tensors(dtype)
+
+
+def _operands(tensors):
+    n = tensors.named
+    x, skip, bias, weights = tensors.positional()
+    return x, skip, bias, weights, n["inverse_lipschitz"], n.get("embedding")
+
+
+CODES = ([0, 3, 0], [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck(embedding, requires_grad, dtype):
+    tensors = _tensors(embedding, dtype, leading=(2, 3))
+    if requires_grad:
+        tensors.requires_grad()
+    operands = _operands(tensors)
+    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dtype == torch.float64:  # compares gradients to rounding
+        utilities.append("test_aot_dispatch_dynamic")
+    for wanted in [(True, True), (False, True), (True, False)]:
+        opcheck(OPS.potential_and_map.default, (*operands, *CODES, *wanted), test_utils=utilities)
+    if not requires_grad:
+        opcheck(OPS.potential_and_map.default, (*operands, *CODES, True, True, True), test_utils=utilities)
+    everything = 0b1111111 if embedding == "dense" else 0b1101111
+    for v, u in [(tensors.v, None), (None, tensors.u), (tensors.v, tensors.u)]:
+        for wanted in (everything, 0b1):
+            opcheck(OPS.training_terms.default, (*operands, v, u, [], *CODES, wanted), test_utils=utilities)
+    opcheck(OPS.map_jvp.default, (*operands, torch.randn_like(operands[0]), *CODES), test_utils=utilities)
+
+
+def test_the_operator_itself_refuses_forward_mode_and_saving_under_autograd():
+    tensors = _tensors("none")
+    x, *rest = _operands(tensors)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        OPS.potential_and_map(forward_ad.make_dual(x, x), *rest, *CODES, False, True)
+    with pytest.raises(ValueError, match="save: got True"):
+        OPS.potential_and_map(x.requires_grad_(), *rest, *CODES, False, True, True)
+
+
+# torch.func: each transformation against the same one of the reference
+
+
+def _map_of(tensors):
+    _, skip, bias, weights = tensors.positional()
+    options = tensors.options()
+
+    def function(x, skip=skip, bias=bias, weights=weights, constant=options["inverse_lipschitz"]):
+        return functional.brenier_map(x, skip, bias, weights, **{**options, "inverse_lipschitz": constant})
+
+    return function
+
+
+def _transformed(name, tensors, compiled=False):
+    """The named transformation of the current backend's map."""
+    x, skip, bias, weights = tensors.positional()
+    tangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    t = _map_of(tensors)
+    options = tensors.options()
+
+    def phi(x):
+        return functional.potential(x, skip, bias, weights, **options)
+
+    def terms(x, v):
+        gradients = functional.brenier_map_vjp(
+            x, skip, bias, weights, **options, map_cotangent=v, wrt=("x", "bias", "weights")
+        )
+        return gradients.x, gradients.bias, gradients.weights
+
+    parameters = (skip, bias, weights, options["inverse_lipschitz"])
+    cases = {
+        "grad": lambda x: grad(lambda x: phi(x).sum())(x),
+        "grad of parameters": lambda x: grad(lambda p: (t(x, *p) ** 3).sum())(parameters),
+        "vjp": lambda x: vjp(t, x)[1](torch.ones_like(tensors.v)),
+        "jvp": lambda x: jvp(t, (x,), (tangent,)),
+        "jvp of parameters": lambda x: jvp(
+            lambda s, w: t(x, s, bias, w), (skip, weights), (torch.ones_like(skip), [0.3 * w for w in weights])
+        ),
+        "jacrev": lambda x: jacrev(t)(x),
+        "vmap of jacrev": lambda x: vmap(jacrev(t))(x),
+        "jacfwd": lambda x: jacfwd(t)(x),
+        "vmap of jacfwd": lambda x: vmap(jacfwd(t))(x),
+        "vmap of hessian": lambda x: vmap(hessian(phi))(x),
+        "forward over reverse": lambda x: vmap(jacfwd(grad(lambda x: (t(x) ** 2).sum())))(x),
+        "reverse over forward": lambda x: grad(lambda x: jvp(t, (x,), (tangent,))[1].square().sum())(x),
+        "third order": lambda x: grad(lambda x: (jacrev(grad(lambda x: (t(x) ** 2).sum()))(x) ** 2).sum())(x),
+        "per-sample gradients": lambda x: vmap(grad(lambda s, x: (t(x, s) ** 2).sum()), (None, 0))(skip, x),
+        "vmap over parameters": lambda x: vmap(lambda s: t(x, s))(torch.stack([skip, 2 * skip])),
+        "vmap over another dimension": lambda x: vmap(t, 1, 1)(x.unsqueeze(1).expand(-1, 4, -1)),
+        "vmap of vmap": lambda x: vmap(vmap(t))(x.unflatten(0, (2, -1))),
+        "vmap of the training terms": lambda x: vmap(terms)(x, torch.ones_like(tensors.v)),
+        "grad of the jvp function": lambda x: grad(
+            lambda x: functional.brenier_map_jvp(x, tangent, skip, bias, weights, **options)[1].square().sum()
+        )(x),
+        "forward_ad": lambda x: _forward_ad(t, x, tangent),
+    }
+    function = cases[name]
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    result = function(x)
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _forward_ad(function, x, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent.clone()
+
+
+TRANSFORMATIONS = [
+    "grad",
+    "grad of parameters",
+    "vjp",
+    "jvp",
+    "jvp of parameters",
+    "jacrev",
+    "vmap of jacrev",
+    "jacfwd",
+    "vmap of jacfwd",
+    "vmap of hessian",
+    "forward over reverse",
+    "reverse over forward",
+    "third order",
+    "per-sample gradients",
+    "vmap over parameters",
+    "vmap over another dimension",
+    "vmap of vmap",
+    "vmap of the training terms",
+    "grad of the jvp function",
+    "forward_ad",
+]
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_torch_func(name, embedding):
+    tensors = _tensors(embedding)
+    with il.use_backend("reference"):
+        expected = _transformed(name, tensors)
+    ours = _transformed(name, tensors)
+    assert len(ours) == len(expected) > 0
+    for a, b in zip(ours, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11 * (1 + float(b.abs().max())))
+
+
+@pytest.mark.parametrize("name", ["grad", "grad of parameters", "jvp", "vmap of jacrev"])
+def test_torch_func_inside_a_compiled_region(name):
+    tensors = _tensors("none")
+    expected = _transformed(name, tensors)
+    for a, b in zip(_transformed(name, tensors, compiled=True), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_an_outer_backward_sees_through_torch_func():
+    tensors = _tensors("dense").requires_grad()
+    t = _map_of(tensors)
+    x = tensors.named["x"].detach()
+    loss = jvp(t, (x,), (torch.ones_like(x),))[1].square().sum()
+    ours = torch.autograd.grad(loss, tensors.named["skip_weight"])
+    with il.use_backend("reference"):
+        loss = jvp(t, (x,), (torch.ones_like(x),))[1].square().sum()
+        theirs = torch.autograd.grad(loss, tensors.named["skip_weight"])
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_functional_call_and_ensembles():
+    layers = [il.BrenierMap(3, (4,), dtype=torch.float64) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    ours = vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(ours, torch.stack([layer(x) for layer in layers]))
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("embedding", ["identity", "orthogonal", "full_rank"])
+def test_compiled_decoder_forward_and_backward(embedding):
+    decoder = il.BrenierDecoder(3, 6, ((8,), (9, 8)), embedding=embedding, dtype=torch.float64)
+    compiled = torch.compile(decoder, fullgraph=True)
+    z = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
+    variables = [z, *decoder.parameters()]
+    for rows in (16, 7):
+        results = []
+        for module in (compiled, decoder):
+            value = module(z[:rows])
+            results.append([value, *torch.autograd.grad(value.square().sum(), variables)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_methods():
+    layer = il.BrenierMap(5, (8, 7), dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for name, arguments in {"potential": (x,), "potential_and_map": (x,), "jvp": (x, x), "jacobian": (x,)}.items():
+        method = getattr(layer, name)
+        torch.testing.assert_close(torch.compile(method, fullgraph=True)(*arguments), method(*arguments))
+
+
+def test_compiled_under_autocast():
+    layer = il.BrenierMap(5, (8, 7))
+    x = torch.randn(4, 5)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = compiled(x), layer(x)
+    assert a.dtype == torch.bfloat16
+    torch.testing.assert_close(a, b)
+
+
+def test_a_schedule_of_constants_compiles_once():
+    layer = il.BrenierMap(5, (8, 7))
+    count = 0
+
+    def backend(graph, _):
+        nonlocal count
+        count += 1
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.randn(4, 5)
+    results = []
+    for constant in (0.1, 0.2, 0.5, 1.0, 2.0):
+        layer.inverse_lipschitz = constant
+        results.append(compiled(x))
+        torch.testing.assert_close(results[-1], layer(x))
+    assert count == 1
+    torch.testing.assert_close(results[-1] - results[0], 1.9 * x)
+
+
+def test_double_backward_of_a_compiled_region_is_refused():
+    layer = il.BrenierMap(3, (4,))
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 3, requires_grad=True)
+    loss = compiled(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].sum(), x)
