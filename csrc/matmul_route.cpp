@@ -205,12 +205,14 @@ class Quadratic {
 
   const Tensor& x() const { return x_; }
 
-  // L B y for rows y (.., m).
-  Tensor map(const Tensor& y) const {
-    const auto scaled = y.to(p_.real) * p_.inverse_lipschitz;
-    return b_.defined()  ? at::mm(scaled, b_.t())
-           : p_.padded() ? at::constant_pad_nd(scaled, {0, p_.width - p_.input})
-                         : scaled;
+  // out += L B y for rows y (N, m). Added to the finished product D A: starting the product from it (beta = 1) costs
+  // three times the rounding error where d is small.
+  void add_map(Tensor out, const Tensor& y) const {
+    if (b_.defined()) {
+      out.addmm_(y.to(p_.real) * p_.inverse_lipschitz, b_.t());
+    } else {
+      out.narrow(1, 0, p_.input).addcmul_(y.to(p_.real), p_.inverse_lipschitz);
+    }
   }
   // |B x|^2, (N).
   Tensor squared_norm() const { return (b_.defined() ? at::mm(x_, b_.t()) : x_).square().sum(1); }
@@ -243,8 +245,8 @@ Values potential_and_map(const Problem& p, bool want_potential, bool want_map, b
   }
   if (want_map) {
     sweep.down(0, save);
-    values.map = quadratic.map(p.x);
-    multiply(values.map, sweep.d(), p.skip_weight, true);
+    values.map = product(sweep.d(), p.skip_weight, p.real);
+    quadratic.add_map(values.map, p.x);
     values.map = values.map.to(p.output);
   }
   if (save) {
@@ -305,13 +307,9 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   if (wanted[grad_bias]) result[grad_bias] = at::sum(d_tangent, {0}, /*keepdim=*/false, p.real);
   // grad_x = D' A B + L B^T (v + u B x)
   if (wanted[grad_x]) {
-    Tensor gradient;
-    if (tangent) gradient = quadratic.pull(v) * p.inverse_lipschitz;
-    if (u.defined()) {
-      const auto term = quadratic.gram_x() * (u * p.inverse_lipschitz).unsqueeze(1);
-      gradient = gradient.defined() ? gradient.add_(term) : term;
-    }
-    multiply(gradient, d_tangent, sweep.embedded_weight(), true);
+    auto gradient = product(d_tangent, sweep.embedded_weight(), p.real);
+    if (tangent) gradient.addcmul_(quadratic.pull(v), p.inverse_lipschitz);
+    if (u.defined()) gradient.addcmul_(quadratic.gram_x(), (u * p.inverse_lipschitz).unsqueeze(1));
     result[grad_x] = gradient;
   }
   // D'^T x, the half of grad_A that has the width of x
@@ -356,10 +354,10 @@ std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
   sweep.down(0, /*keep=*/false);
   // T = D A + L B x ; T' = D' A + L B x'
   const auto& d = sweep.d();
-  auto map = quadratic.map(p.x);
-  multiply(map, d.narrow(0, p.rows, p.rows), p.skip_weight, true);
-  auto map_tangent = quadratic.map(tangent);
-  multiply(map_tangent, d.narrow(0, 0, p.rows), p.skip_weight, true);
+  auto map = product(d.narrow(0, p.rows, p.rows), p.skip_weight, p.real);
+  quadratic.add_map(map, p.x);
+  auto map_tangent = product(d.narrow(0, 0, p.rows), p.skip_weight, p.real);
+  quadratic.add_map(map_tangent, tangent);
   return {map.to(p.output), map_tangent.to(p.output)};
 }
 

@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # a table wider than the terminal goes beyond its edge rather than lose columns
     console.print(demo_report.table(record), width=1000, crop=False)
-    console.print(demo_report.verdict(record), highlight=False)
+    console.print("\n" + demo_report.verdict(record), highlight=False)
     console.print(f"{record['seconds']:.0f} s; open {output / 'report.html'}", highlight=False)
 
 

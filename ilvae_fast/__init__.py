@@ -1,7 +1,10 @@
 """Fused input-convex networks, their gradient maps, and inverse-Lipschitz VAEs."""
 
+from . import data as data
 from . import functional as functional
+from . import metrics as metrics
 from . import reference as reference
+from . import vae as vae
 from ._backend import build_info as build_info
 from ._backend import plan as plan
 from ._backend import use_backend as use_backend

@@ -1,0 +1,50 @@
+"""What every committed result says about itself: command, commit, machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ilvae_fast as il
+from ilvae_fast._files import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit (marked where the tree had changes), versions and processor of this run."""
+    changed = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "--short", "HEAD") + changed,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "build": il.build_info(),
+    }
+
+
+def write(name: str, content: dict[str, Any]) -> Path:
+    """Write ``results/name.json``, all or nothing."""
+    path = RESULTS / f"{name}.json"
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return path
