@@ -252,7 +252,7 @@ def brenier_map_vjp(
     gx, ga, gb, gl, ge, *gw = terms(operands, map_cotangent, potential_cotangent, wanted)
     if isinstance(inverse_lipschitz, Tensor) and gl is not None and inverse_lipschitz.dim() == 0:
         gl = gl.reshape(())
-    return BrenierGradients(gx, ga, gb, gw if "weights" in wrt else None, gl, ge)
+    return BrenierGradients(gx, ga, gb, [g for g in gw if g is not None] if "weights" in wrt else None, gl, ge)
 
 
 def brenier_map_jvp(

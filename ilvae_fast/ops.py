@@ -28,6 +28,9 @@ from .activations import EncodedActivations, decode
 if TYPE_CHECKING:
     from .functional import Operands
 
+_vjp: Any = torch.func.vjp  # typed upstream as either of its two forms, with and without auxiliary results
+_jvp: Any = torch.func.jvp
+
 _potential_and_map = torch.ops.ilvae_fast.potential_and_map.default
 _training_terms = torch.ops.ilvae_fast.training_terms.default
 _map_jvp = torch.ops.ilvae_fast.map_jvp.default
@@ -71,13 +74,13 @@ def _plain_training_terms(
     cotangents = [c for c in (potential_cotangent, map_cotangent) if c is not None]
     outputs = Static(static.activations, (potential_cotangent is not None, map_cotangent is not None))
     function, arguments = _of_some(_plain_potential_and_map, outputs, tensors, static.wanted)
-    values, pull = torch.func.vjp(function, *arguments)
+    values, pull = _vjp(function, *arguments)
     return pull(tuple(c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)))
 
 
 def _plain_map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = Static(static.activations, (False, True))
-    (value,), (derivative,) = torch.func.jvp(
+    (value,), (derivative,) = _jvp(
         lambda x: _plain_potential_and_map(outputs, x, *tensors),  # type: ignore[arg-type]
         (x.contiguous(),),  # dual numbers of overlapping memory are refused in compiled regions
         (tangent.contiguous(),),
@@ -165,10 +168,10 @@ def _push_forward(
 ) -> tuple[Tensor, ...]:
     """The Jacobian-vector product of ``function``."""
     if torch._C._are_functorch_transforms_active():
-        return torch.func.jvp(function, tuple(primals), tuple(tangents))[1]
+        return _jvp(function, tuple(primals), tuple(tangents))[1]
     # A dual level of torch.autograd.forward_ad is open and forward mode does not nest: transpose the pull-back instead.
-    values, pull = torch.func.vjp(function, *primals)
-    _, transposed = torch.func.vjp(pull, tuple(torch.zeros_like(v) for v in values))
+    values, pull = _vjp(function, *primals)
+    _, transposed = _vjp(pull, tuple(torch.zeros_like(v) for v in values))
     return transposed(tuple(tangents))[0]
 
 
@@ -179,7 +182,7 @@ def _pull_back(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequen
         static: Static, tensors: Sequence[Tensor | None], needed: Sequence[bool], cotangents: Sequence[Tensor]
     ) -> list[Tensor | None]:
         function, arguments = _of_some(plain, static, tensors, needed)
-        _, pull = torch.func.vjp(function, *arguments)
+        _, pull = _vjp(function, *arguments)
         gradients = iter(pull(tuple(cotangents)))
         return [next(gradients) if n else None for n in needed]
 
