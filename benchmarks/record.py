@@ -31,11 +31,16 @@ def _processor() -> str:
     return platform.processor()
 
 
+def _module() -> str:
+    name = Path(sys.argv[0]).stem
+    return "benchmarks" if name == "__main__" else f"benchmarks.{name}"
+
+
 def provenance() -> dict[str, Any]:
     """Command, commit (marked where the tree had changes), versions and processor of this run."""
     changed = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "commit": _git("rev-parse", "--short", "HEAD") + changed,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

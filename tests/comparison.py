@@ -36,16 +36,17 @@ def assert_as_accurate_as_eager(
 
 
 def assert_equal_to_rounding(name: str, ours: Tensor, reference: Tensor, absolute_terms: Tensor | None = None) -> None:
-    """Two float64 computations of one quantity: agreement to 1e-12 of its scale.
+    """Two float64 computations of one quantity, from inputs of order one: agreement to 1e-12 of its scale plus 2e-14.
 
     That is thousands of eps: a saturated activation multiplies rounding errors of its argument by beta |a|, in both.
+    And 100 eps of the inputs: where curvature has died out, the rounding errors of what went into it have not.
     """
     assert ours.dtype == reference.dtype == torch.float64, f"{name}: {ours.dtype}, {reference.dtype}"
     assert ours.shape == reference.shape, f"{name}: {tuple(ours.shape)} but reference {tuple(reference.shape)}"
     if reference.numel() == 0:
         return
     error = (ours - reference).abs().max()
-    allowed = 1e-12 * (reference if absolute_terms is None else absolute_terms).abs().max()
+    allowed = 1e-12 * (reference if absolute_terms is None else absolute_terms).abs().max() + 2e-14
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ilvae_fast as il
@@ -14,15 +14,14 @@ COTANGENTS = [(True, False), (False, True), (True, True)]
 
 
 @given(cases(), st.sampled_from(COTANGENTS))
-@settings(max_examples=100)
 def test_float64_values_and_gradients_equal_the_reference(case, cotangents):
     tensors = case.tensors(torch.float64)
     for name, ours, theirs in zip(
         ("potential", "map"), tensors.outputs(functional), tensors.outputs(reference), strict=True
     ):
         assert_equal_to_rounding(name, ours.detach(), theirs.detach())
-    terms = tensors.absolute_terms(*cotangents)
     expected = tensors.gradients(reference, *cotangents)
+    terms = tensors.absolute_terms(*cotangents)
     for name, ours in tensors.gradients(functional, *cotangents).items():
         assert_equal_to_rounding(f"gradient of {name}", ours, expected[name], terms.get(name))
 
@@ -33,7 +32,6 @@ def test_float64_values_and_gradients_equal_the_reference(case, cotangents):
     st.sampled_from(COTANGENTS),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=50)
 def test_low_precision_is_as_accurate_as_eager(case, cotangents, dtype):
     tensors = case.tensors(dtype)
     orders = [tensors.rearranged(seed) for seed in range(3)]
@@ -88,7 +86,7 @@ def test_jvp_equals_the_reference(case):
     with il.use_backend("reference"):
         theirs = functional.brenier_map_jvp(x, tangent, *rest, **tensors.options())
     assert_equal_to_rounding("map", ours[0], theirs[0])
-    assert_equal_to_rounding("derivative", ours[1], theirs[1], absolute_terms=theirs[1].abs().max() + tangent)
+    assert_equal_to_rounding("derivative", ours[1], theirs[1])
 
 
 def _case(**changes) -> Case:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
@@ -226,7 +226,6 @@ def test_measures_of_one_latent_against_a_grid(likelihood, options, data_dim):
 # inequalities
 
 
-@settings(max_examples=25)
 @given(
     latent_dim=st.integers(1, 4),
     surplus=st.integers(0, 4),

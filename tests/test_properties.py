@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ilvae_fast as il
@@ -167,7 +167,6 @@ smooth = cases(
 
 
 @given(smooth)
-@settings(max_examples=25)
 def test_the_map_is_the_gradient_of_the_potential(case):
     tensors = case.tensors(torch.float64)
     x, *rest = tensors.positional()

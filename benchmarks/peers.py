@@ -1,0 +1,179 @@
+"""One training step, the map and then all its gradients, by every alternative a user has.
+
+A peer takes a :class:`Problem` and returns a step: a callable without arguments that gives the map and the gradients of
+``sum <v, T>`` with respect to x, skip_weight, bias and the effective weights, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import ilvae_fast as il
+from ilvae_fast import functional, reference
+
+Step = Callable[[], list[Tensor]]
+_vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
+
+
+@dataclass
+class Problem:
+    """A softplus potential of width d on N rows; with ``latent`` the rows are z, injected by zero padding."""
+
+    width: int
+    hidden: tuple[int, ...]
+    batch: int
+    latent: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        layer = il.BrenierMap(self.width, self.hidden, dtype=torch.float64)
+        self.x = torch.randn(self.batch, self.latent or self.width, dtype=torch.float64)
+        self.v = torch.randn(self.batch, self.width, dtype=torch.float64).to(self.dtype)
+        self.constant = torch.ones(1)
+        tensors = [self.x, layer.skip_weight, layer.bias, *layer.nonneg_weights()]
+        self.tensors = [t.detach().to(self.dtype).requires_grad_() for t in tensors]
+        self.x, self.skip_weight, self.bias, *self.weights = self.tensors
+
+    def double(self) -> Problem:
+        return Problem(self.width, self.hidden, self.batch, self.latent, torch.float64)
+
+    @property
+    def activations(self) -> list[str]:
+        return ["softplus"] * len(self.hidden) + ["identity"]
+
+    @property
+    def embedding(self) -> int | None:
+        return self.width if self.latent else None
+
+    def __str__(self) -> str:
+        hidden = "x".join(map(str, (self.hidden[0], len(self.hidden))))
+        return f"{f'{self.latent} -> ' if self.latent else ''}{self.width}, {hidden}, {self.batch}"
+
+
+def _with_autograd(problem: Problem, brenier_map: Callable[..., Tensor]) -> Step:
+    def step() -> list[Tensor]:
+        t = brenier_map(problem.x, problem.skip_weight, problem.bias, problem.weights)
+        return [t.detach(), *torch.autograd.grad(t, problem.tensors, problem.v)]
+
+    return step
+
+
+def ours(problem: Problem) -> Step:
+    """The public functional API, autograd included."""
+    options: dict[str, Any] = {
+        "activations": problem.activations,
+        "inverse_lipschitz": problem.constant,
+        "embedding": problem.embedding,
+    }
+    return _with_autograd(problem, lambda *a: functional.brenier_map(*a, **options))
+
+
+def ours_stateless(problem: Problem) -> Step:
+    """The stateless pair ``brenier_map`` and ``brenier_map_vjp``."""
+    options: dict[str, Any] = {
+        "activations": problem.activations,
+        "inverse_lipschitz": problem.constant,
+        "embedding": problem.embedding,
+    }
+
+    @torch.no_grad()
+    def step() -> list[Tensor]:
+        operands = (problem.x, problem.skip_weight, problem.bias, problem.weights)
+        t = functional.brenier_map(*operands, **options)
+        g = functional.brenier_map_vjp(
+            *operands, **options, map_cotangent=problem.v, wrt=("x", "skip_weight", "bias", "weights")
+        )
+        return [t, *(gradient for gradient in (g.x, g.skip_weight, g.bias, *(g.weights or [])) if gradient is not None)]
+
+    return step
+
+
+def _padded(problem: Problem, x: Tensor) -> Tensor:
+    return F.pad(x, (0, problem.width - x.shape[-1])) if problem.latent else x
+
+
+def eager(problem: Problem) -> Step:
+    """Double backward, as everybody writes it."""
+    options: dict[str, Any] = {"activations": problem.activations, "inverse_lipschitz": problem.constant}
+    return _with_autograd(problem, lambda x, *a: reference.brenier_map(_padded(problem, x), *a, **options))
+
+
+def closed_form_map(
+    x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], skip_in: Tensor | None = None
+) -> Tensor:
+    """``grad G`` in plain tensor operations; differentiate it once. ``skip_in``: the columns of A that x meets."""
+    a = F.linear(x, skip_weight if skip_in is None else skip_in, bias)
+    widths = [w.shape[1] for w in weights]
+    *parts, _ = a.split([*widths, 1], dim=1)
+    slopes, h = [], None
+    for k, part in enumerate(parts):
+        pre = part if h is None else part + h @ weights[k - 1].T
+        slopes.append(torch.sigmoid(pre))
+        if k + 1 < len(parts):
+            h = F.softplus(pre)
+    d = [weights[-1] * slopes[-1]]
+    for k in range(len(parts) - 2, -1, -1):
+        d.insert(0, (d[0] @ weights[k]) * slopes[k])
+    return torch.cat(d, dim=1) @ skip_weight[:-1] + skip_weight[-1]
+
+
+def _closed_form(problem: Problem) -> Callable[..., Tensor]:
+    def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        y = _padded(problem, x)
+        return closed_form_map(y, skip_weight, bias, weights) + problem.constant * y
+
+    return brenier_map
+
+
+def closed_form(problem: Problem) -> Step:
+    """The closed-form map, eager."""
+    return _with_autograd(problem, _closed_form(problem))
+
+
+def closed_form_compiled(problem: Problem) -> Step:
+    """The closed-form map under torch.compile."""
+    return _with_autograd(problem, torch.compile(_closed_form(problem), fullgraph=True, dynamic=False))
+
+
+def expert(problem: Problem) -> Step:
+    """The closed form of somebody who uses the injection: A's first columns meet z."""
+
+    def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        t = closed_form_map(x, skip_weight, bias, weights, skip_weight[:, : x.shape[1]])
+        return t + problem.constant * _padded(problem, x)
+
+    return _with_autograd(problem, brenier_map)
+
+
+def func_compiled(problem: Problem) -> Step:
+    """``torch.func.vjp`` of ``torch.func.grad`` of the potential, in one compiled step."""
+
+    def network(y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        g = reference.convex_network(y, skip_weight, bias, weights, problem.activations)
+        return (g + problem.constant / 2 * y.square().sum(-1)).sum()
+
+    def brenier_map(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.grad(network)(_padded(problem, x), parameters[0], parameters[1], parameters[2:])
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def step(v: Tensor, *tensors: Tensor) -> list[Tensor]:
+        t, pull = _vjp(brenier_map, *tensors)
+        return [t, *pull(v)]
+
+    detached = [t.detach() for t in problem.tensors]
+    return lambda: step(problem.v, *detached)
+
+
+PEERS: dict[str, Callable[[Problem], Step]] = {
+    "eager double backward": eager,
+    "closed form": closed_form,
+    "closed form, compiled": closed_form_compiled,
+    "torch.func, compiled": func_compiled,
+}
