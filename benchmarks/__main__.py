@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--suite", choices=SECONDS, default="small", help="small: a quick look; full: steady medians")
     arguments = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
     ceiling = matmul_ceiling()
     rows = [measure(p, SECONDS[arguments.suite], ceiling) for p in track(ROWS, "timing", console=console)]
 
