@@ -58,7 +58,7 @@ class Sweep {
       : p_(p), tangent_(tangent), stacks_(tangent ? 2 : 1), hidden_(p.layers()) {
     if (!saved.empty()) {
       a_ = saved[0];
-      saved_adjoints_ = saved[1].numel() > 0 ? saved[1] : Tensor();
+      saved_adjoints_ = saved[1].dim() == 2 ? saved[1] : Tensor();
       complete_ = true;
       if (tangent) a_tangent_ = at::empty({p.rows, p.units + 1}, p.options(p.real));
     } else {

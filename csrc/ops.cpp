@@ -21,13 +21,34 @@ Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
   return arguments;
 }
 
+// The kernels read what was saved through bare pointers.
+void check_saved(const Arguments& c, at::TensorList saved) {
+  if (saved.empty()) return;
+  TORCH_CHECK_VALUE(saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
+  c10::SymInt rows = 1;
+  for (const auto& size : c.x.sym_sizes().slice(0, c.x.dim() - 1)) rows = rows * size;
+  const auto units = c.skip_weight.sym_size(0) - 1;
+  const auto real = c.output_dtype() == at::kBFloat16 ? at::kFloat : c.output_dtype();
+  const auto check = [&](size_t i, c10::SymInt height, c10::SymInt width, at::ScalarType dtype) {
+    const auto& t = saved[i];
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.sym_size(0) == height && t.sym_size(1) == width && t.scalar_type() == dtype &&
+                          t.device() == c.x.device() && t.is_contiguous(),
+                      "saved[", i, "]: got ", t.sym_sizes(), " in ", t.scalar_type(), ", wanted a contiguous (", height,
+                      ", ", width, ") in ", dtype, ", as potential_and_map saved it");
+  };
+  check(0, rows, units + 1, real);
+  const auto none = [&](size_t i) { return saved[i].dim() == 1 && saved[i].sym_size(0) == 0; };
+  if (!none(1)) check(1, rows, units - c.weights.back().sym_size(1), real);
+  if (c.embedding.defined()) check(2, units + 1, c.x.sym_size(-1), c.output_dtype());
+}
+
 void check_cotangents(const Arguments& c, const OptionalTensor& map_cotangent,
                       const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted) {
   TORCH_CHECK_VALUE(map_cotangent || potential_cotangent,
                     "map_cotangent and potential_cotangent: got neither, wanted at least one");
   if (map_cotangent) c.check_rows("map_cotangent", *map_cotangent, c.skip_weight.sym_size(1));
   if (potential_cotangent) c.check_rows("potential_cotangent", *potential_cotangent, std::nullopt);
-  TORCH_CHECK_VALUE(saved.empty() || saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
+  check_saved(c, saved);
   const auto count = grad_weights + c.weights.size();
   TORCH_CHECK_VALUE(count < 63 && wanted >= 0 && wanted < (int64_t(1) << count), "wanted: got ", wanted,
                     ", wanted a bit for each of ", count, " gradients");

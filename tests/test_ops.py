@@ -59,6 +59,34 @@ def test_the_operator_itself_refuses_forward_mode_and_saving_under_autograd():
         OPS.potential_and_map(x.requires_grad_(), *rest, *CODES, False, True, True)
 
 
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_training_terms_refuse_what_was_not_saved_for_them(embedding):
+    tensors = _tensors(embedding)
+    operands = _operands(tensors)
+    saved = OPS.potential_and_map(*operands, *CODES, False, True, True)[2]
+    good = OPS.training_terms(*operands, tensors.v, None, saved, *CODES, 1)[0]
+    torch.testing.assert_close(good, OPS.training_terms(*operands, tensors.v, None, [], *CODES, 1)[0])
+    potential_only = OPS.potential_and_map(*operands, *CODES, True, False, True)[2]
+    torch.testing.assert_close(good, OPS.training_terms(*operands, tensors.v, None, potential_only, *CODES, 1)[0])
+    wrong = [
+        saved[:2],
+        [saved[0][:3], *saved[1:]],
+        [saved[0].float(), *saved[1:]],
+        [saved[0].t().contiguous().t(), *saved[1:]],
+        [saved[0], saved[1][:, :2], saved[2]],
+        [torch.ones(3, dtype=torch.float64)] * 3,
+    ]
+    for bad in wrong:
+        with pytest.raises(ValueError, match="saved"):
+            OPS.training_terms(*operands, tensors.v, None, bad, *CODES, 1)
+    for wanted in (-1, 1 << 40):
+        with pytest.raises(ValueError, match="wanted: got"):
+            OPS.training_terms(*operands, tensors.v, None, [], *CODES, wanted)
+    for codes in ([9, 3, 0], [-1, 3, 0], [0, 6, 0], [0, 3]):
+        with pytest.raises(ValueError, match="activations"):
+            OPS.potential_and_map(*operands, codes, CODES[1], False, True)
+
+
 # torch.func: each transformation against the same one of the reference
 
 
