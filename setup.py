@@ -47,8 +47,10 @@ class CMakeBuild(build_ext):
 
     def run_tool(self, command: list[str]) -> None:
         """Run with the tool's own output in view; its messages are the error report."""
+        # cmake and ninja from PyPI lie beside the interpreter, whether or not its environment is activated
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         try:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env={**os.environ, "PATH": path})
         except FileNotFoundError:
             raise SystemExit(f"{command[0]} not found: pip install cmake ninja") from None
         except subprocess.CalledProcessError as error:
