@@ -13,6 +13,7 @@ from ilvae_fast import functional
 OPS = torch.ops.ilvae_fast
 ACTIVATIONS = tuple(map(il.Activation, ("softplus", "celu", "softplus")))
 EMBEDDINGS = ["none", "identity", "dense"]
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _tensors(embedding, dtype=torch.float64, leading=(6,)):
@@ -43,6 +44,9 @@ def test_opcheck(embedding, requires_grad, dtype):
         opcheck(OPS.potential_and_map.default, (*operands, *CODES, *wanted), test_utils=utilities)
     if not requires_grad:
         opcheck(OPS.potential_and_map.default, (*operands, *CODES, True, True, True), test_utils=utilities)
+    if requires_grad and RELEASE < (2, 13):
+        # differentiating the training terms takes torch.func three levels deep, which older AOTAutograd refuses
+        utilities = [name for name in utilities if name != "test_aot_dispatch_dynamic"]
     everything = 0b1111111 if embedding == "dense" else 0b1101111
     for v, u in [(tensors.v, None), (None, tensors.u), (tensors.v, tensors.u)]:
         for wanted in (everything, 0b1):
