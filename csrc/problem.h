@@ -36,7 +36,7 @@ struct Arguments {
 };
 
 // Which route a call takes, and whether its backward pass recomputes.
-Choice choice_of(const Arguments&, int64_t route, std::optional<bool> recompute);
+Choice choice_of(at::TensorList weights, at::ScalarType operand, int64_t route, std::optional<bool> recompute);
 
 // The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
 struct Problem {
