@@ -1,133 +1,221 @@
-"""Time a training step (map, then all gradients) against every peer: python -m benchmarks [--suite small|full]
+"""Time a training step (map, then all gradients) against every peer: python -m benchmarks [--suite small|full] ...
 
-Every peer's results are checked against float64 before it is timed. Steps are interleaved, times are medians; ratios
-count, absolute times are for reading. Written to benchmarks/results/cpu-SUITE.json.
+Every peer's results are checked against float64 before it is timed. Steps take turns, times are medians; ratios count,
+absolute times are for reading. Written to benchmarks/results/DEVICE-SUITE.json (other dtypes: DEVICE-DTYPE-SUITE.json).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import statistics
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-import ilvae_fast as il
-from benchmarks import peers
+from benchmarks import peers, plots
 from benchmarks.peers import PEERS, Problem, Step
-from benchmarks.record import provenance, write
+from benchmarks.record import RESULTS, provenance, write
+from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
+from benchmarks.timing import copy_ceiling, interleaved_medians, matmul_ceiling
+from ilvae_fast import functional
 
-ROWS = [
-    Problem(2, (32, 32), 128),
-    Problem(2, (64, 64), 512),
-    Problem(8, (128, 128), 512),
-    Problem(32, (512, 512), 128),
-    Problem(64, (256, 256, 256), 512),
-    Problem(784, (512, 512), 128),
-    Problem(784, (512, 512), 128, latent=10),
-    Problem(3072, (1024, 1024), 256, latent=64),
-]
-OURS: dict[str, Callable[[Problem], Step]] = {"ours": peers.ours, "ours, stateless": peers.ours_stateless}
-TURN_SECONDS = 5e-3
-SECONDS = {"small": 0.4, "full": 2.0}  # of timing for each row and peer
+SECONDS = {"small": 0.4, "full": 1.0}  # of timing for each row and step
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
+BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
 
 
 def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) -> None:
     """Refuse to time what is not right."""
     for ours, truth in zip(step(), exact, strict=True):
         error = float((ours.double() - truth).abs().max() / truth.abs().max())
-        if not error < 1e-4:
+        if not error < TOLERANCE[problem.dtype]:
             raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
 
 
-def interleaved_medians(steps: dict[str, Step], seconds: float) -> dict[str, tuple[float, float]]:
-    """Median seconds of each step and the spread (half the distance of the quartiles).
-
-    Steps take turns. A turn repeats its step for some milliseconds and counts as one time, their mean: a step finds the
-    caches as its own predecessor left them, as in training, not as another peer did.
-    """
-    repeats = {}
-    for name, step in steps.items():
-        for _ in range(3):
-            step()
-        start = time.perf_counter()
-        step()
-        repeats[name] = max(1, round(TURN_SECONDS / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds * len(steps)
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 10:
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                step()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    quartiles = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
-    return {name: (q[1], (q[2] - q[0]) / 2) for name, q in quartiles.items()}
-
-
-def matmul_ceiling() -> float:
-    """The best measured rate of a float32 product, in flop/s."""
-    best = 0.0
-    for n in (512, 1024, 2048):
-        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-        for _ in range(8):
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-def measure(problem: Problem, seconds: float, ceiling: float) -> dict[str, Any]:
-    """One row: medians of all steps, ratio of the best peer to ours, distance to the arithmetic floor."""
-    candidates = {**OURS, **PEERS, **({"expert, injected": peers.expert} if problem.latent else {})}
+def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, tuple[float, float]]:
+    """Checked medians and spreads of ours and the chosen peers."""
+    candidates: dict[str, Any] = {"ours": peers.ours}
+    if not problem.raw:
+        candidates["ours, stateless"] = peers.ours_stateless
+    candidates |= {name: PEERS[name] for name in chosen}
+    if problem.latent:
+        candidates["expert, injected"] = peers.expert
     torch.compiler.reset()
     steps = {name: make(problem) for name, make in candidates.items()}
     exact = [t.detach() for t in peers.eager(problem.double())()]
     for name, step in steps.items():
         check(name, problem, step, exact)
-    times = interleaved_medians(steps, seconds)
-    plan = il.plan(problem.batch, problem.width, problem.hidden, embedding_features=problem.latent, dtype=problem.dtype)
-    flops = plan.map_flops + plan.training_flops
-    best = min(PEERS, key=lambda name: times[name][0])
-    return {
+    return interleaved_medians(steps, seconds, problem.device)
+
+
+def measure(row: Row, chosen: list[str], seconds: float, ceiling: float, **options: Any) -> dict[str, Any]:
+    """One row: medians of all steps, ratios of the best peer to ours, distance to the arithmetic floor."""
+    problem = row.problem(**options)
+    times = timed(problem, chosen, seconds)
+    best = min(chosen, key=lambda name: times[name][0])
+    # with raw weights: the peers that are ever best
+    fast = [name for name in chosen if "eager" not in name and name != "closed form"] or chosen
+    module = timed(row.problem(**options, raw=True), fast, seconds / 2)
+    best_module = min(fast, key=lambda name: module[name][0])
+    result = {
         "row": str(problem),
         "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
         "spread": {name: spread / median for name, (median, spread) in times.items()},
+        "module_milliseconds": {name: median * 1e3 for name, (median, _) in module.items()},
         "best_peer": best,
         "ratio": times[best][0] / times["ours"][0],
         "ratio_stateless": times[best][0] / times["ours, stateless"][0],
-        "flops": flops,
-        "fraction_of_matmul_ceiling": flops / times["ours"][0] / ceiling,
+        "ratio_module": module[best_module][0] / module["ours"][0],
+        "flops": problem.flops(),
+        "bytes": problem.bytes(),
+        "fraction_of_matmul_ceiling": problem.flops() / times["ours"][0] / ceiling,
+        "wanted": row.best_peer,
+    }
+    if row.expert:
+        result["ratio_expert"] = times["expert, injected"][0] / times["ours"][0]
+    return result
+
+
+def lidvae(seconds: float) -> dict[str, Any]:
+    """The decoder people run today against ours, module and raw weights on both sides."""
+    pair = Lidvae()
+    pair.check()
+    times = interleaved_medians(pair.steps, seconds)
+    return {
+        "row": str(pair),
+        "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
+        "ratio": times["LIDVAE module"][0] / times["ours"][0],
+        "wanted": pair.wanted,
     }
 
 
+def forward(shape: tuple[int, tuple[int, ...]], batch: int, seconds: float, **options: Any) -> dict[str, Any]:
+    """The map alone under no_grad: ours, and the compiled closed form."""
+    problem = Problem(*shape, batch, **options)
+    tensors = (problem.x, problem.skip_weight, problem.bias, problem.weights)
+    arguments: dict[str, Any] = {"activations": problem.activations, "inverse_lipschitz": problem.constant}
+    torch.compiler.reset()
+    closed = torch.compile(peers.closed_form_map, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        steps = {
+            "ours": lambda: functional.brenier_map(*tensors, **arguments),
+            "closed form, compiled": lambda: closed(*tensors) + problem.constant * problem.x,
+        }
+        times = interleaved_medians(steps, seconds, problem.device)
+    return {
+        "row": str(problem),
+        "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
+        "ratio": times["closed form, compiled"][0] / times["ours"][0],
+        "flops": problem.flops() / 3,
+    }
+
+
+def failures(result: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
+    """What ``--check`` has to say: ratios below what is wanted, or well below the committed ones."""
+    found = []
+
+    def at_least(name: str, value: float, wanted: float) -> None:
+        if value < wanted:
+            found.append(f"{name}: got {value:.2f}, wanted {wanted:.2f}")
+
+    for row, wish in zip(result["rows"], ROWS, strict=True):
+        at_least(f"{row['row']}: best peer / ours", row["ratio"], wish.best_peer)
+        at_least(f"{row['row']}: best peer / module, raw weights", row["ratio_module"], 1.0)
+        if wish.expert:
+            at_least(f"{row['row']}: expert / ours", row["ratio_expert"], wish.expert)
+        if wish.stateless:
+            at_least(f"{row['row']}: best peer / stateless pair", row["ratio_stateless"], wish.stateless)
+    at_least(result["lidvae"]["row"], result["lidvae"]["ratio"], result["lidvae"]["wanted"])
+    at_least("geometric mean of best peer / ours", result["geometric_mean"], GEOMETRIC_MEAN)
+    if baseline:
+        before = {row["row"]: row["ratio"] for row in baseline["rows"]}
+        for row in result["rows"]:
+            if row["row"] in before:
+                at_least(f"{row['row']}: committed ratio", row["ratio"], BASELINE_SLACK * before[row["row"]])
+    return found
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["milliseconds"]))
+    ceilings = f"{result['matmul_ceiling'] / 1e9:.0f} GF/s matmul, {result['copy_ceiling'] / 1e9:.0f} GB/s copy"
+    title = f"milliseconds for map and all gradients, {result['dtype']}; measured ceilings {ceilings}"
+    table = Table(title=title)
+    for heading in ("d, hidden, N", *names, "peer / ours", "raw weights", "Mflop", "MB", "of ceiling"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        cells = [f"{row['milliseconds'][n]:.3f}" if n in row["milliseconds"] else "" for n in names]
+        ratios = (f"{row['ratio']:.2f}", f"{row['ratio_module']:.2f}")
+        work = (f"{row['flops'] / 1e6:.0f}", f"{row['bytes'] / 1e6:.1f}", f"{row['fraction_of_matmul_ceiling']:.0%}")
+        table.add_row(row["row"], *cells, *ratios, *work)
+    console.print(table)
+    others = Table(title="milliseconds: the decoder people run today; the map alone under no_grad")
+    for heading in ("what", "ours", "theirs", "theirs / ours"):
+        others.add_column(heading, justify="right")
+    for row in [*([result["lidvae"]] if "lidvae" in result else []), *result["forward"]]:
+        ours, theirs = row["milliseconds"].values()
+        others.add_row(row["row"], f"{ours:.4f}", f"{theirs:.4f}", f"{row['ratio']:.2f}")
+    console.print(others)
+    console.print(f"geometric mean of best peer / ours: {result['geometric_mean']:.2f}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SECONDS, default="small", help="small: a quick look; full: steady medians")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--json", type=Path, help="where the result goes")
+    parser.add_argument("--plot", action="store_true", help="draw a roofline and a bar chart beside the result")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a wanted or committed ratio is missed (CPU)")
     arguments = parser.parse_args()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
-    ceiling = matmul_ceiling()
-    rows = [measure(p, SECONDS[arguments.suite], ceiling) for p in track(ROWS, "timing", console=console)]
+        console = Console(width=220)
 
-    names = [*OURS, *PEERS, "expert, injected"]
-    table = Table(title=f"milliseconds for map and all gradients, float32; matmul ceiling {ceiling / 1e9:.0f} GF/s")
-    for heading in ("d, hidden, N", *names, "best peer / ours", "of ceiling"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = [f"{row['milliseconds'][n]:.3f}" if n in row["milliseconds"] else "" for n in names]
-        table.add_row(row["row"], *cells, f"{row['ratio']:.2f}", f"{row['fraction_of_matmul_ceiling']:.0%}")
-    console.print(table)
-    mean = statistics.geometric_mean([row["ratio"] for row in rows])
-    console.print(f"geometric mean of best peer / ours: {mean:.2f}")
-    result = {**provenance(), "matmul_ceiling": ceiling, "geometric_mean": mean, "rows": rows}
-    console.print("written:", str(write(f"cpu-{arguments.suite}", result)))
+    dtype, device = DTYPES[arguments.dtype], arguments.device
+    chosen = arguments.peers or [
+        name for name in PEERS if "JAX" not in name or (device == "cpu" and importlib.util.find_spec("jax"))
+    ]
+    if dtype == torch.bfloat16:
+        chosen = [name for name in chosen if "JAX" not in name]
+    seconds, options = SECONDS[arguments.suite], {"dtype": dtype, "device": device}
+    name = "-".join([device, *([] if dtype == torch.float32 else [arguments.dtype]), arguments.suite])
+    path = arguments.json or RESULTS / f"{name}.json"
+    committed = RESULTS / f"{name}.json"
+    baseline = json.loads(committed.read_text()) if arguments.check and committed.exists() else None
+
+    result: dict[str, Any] = {**provenance(), "dtype": arguments.dtype, "device": device}
+    result["matmul_ceiling"], result["copy_ceiling"] = matmul_ceiling(dtype, device), copy_ceiling(device)
+    ceiling = result["matmul_ceiling"]
+    with Progress(console=console) as progress:
+        task = progress.add_task("timing", total=len(ROWS) + len(FORWARD) * len(FORWARD_ROWS) + 1)
+
+        def done(value: Any) -> Any:
+            progress.advance(task)
+            return value
+
+        result["rows"] = [done(measure(row, chosen, seconds, ceiling, **options)) for row in ROWS]
+        if device == "cpu" and dtype == torch.float32:
+            result["lidvae"] = done(lidvae(seconds))
+        result["forward"] = [done(forward(s, n, seconds, **options)) for s in FORWARD for n in FORWARD_ROWS]
+    result["geometric_mean"] = statistics.geometric_mean([row["ratio"] for row in result["rows"]])
+    show(console, result)
+    console.print("written:", str(write(path, result)))
+    if arguments.plot:
+        for picture in plots.draw(result, path.with_suffix("")):
+            console.print("drawn:", str(picture))
+    if arguments.check:
+        missed = failures(result, baseline)
+        for line in missed:
+            console.print(f"missed: {line}")
+        raise SystemExit(1 if missed else 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ A peer takes a :class:`Problem` and returns a step: a callable without arguments
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,26 +23,34 @@ _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
 
 @dataclass
 class Problem:
-    """A softplus potential of width d on N rows; with ``latent`` the rows are z, injected by zero padding."""
+    """A softplus potential of width d on N rows; with ``latent`` the rows are z, injected by zero padding.
+
+    ``raw``: parameters are raw weights, as a module has them; a step forms the effective ones, softplus(raw), and gives
+    the gradients of the raw ones. Else they are the effective weights.
+    """
 
     width: int
     hidden: tuple[int, ...]
     batch: int
     latent: int | None = None
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    raw: bool = False
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         layer = il.BrenierMap(self.width, self.hidden, dtype=torch.float64)
-        self.x = torch.randn(self.batch, self.latent or self.width, dtype=torch.float64)
-        self.v = torch.randn(self.batch, self.width, dtype=torch.float64).to(self.dtype)
-        self.constant = torch.ones(1)
-        tensors = [self.x, layer.skip_weight, layer.bias, *layer.nonneg_weights()]
-        self.tensors = [t.detach().to(self.dtype).requires_grad_() for t in tensors]
+        x = torch.randn(self.batch, self.latent or self.width, dtype=torch.float64)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        self.v = torch.randn(self.batch, self.width, dtype=torch.float64).to(**options)
+        self.constant = torch.ones(1, device=self.device)
+        weights = list(layer.raw_weights) if self.raw else layer.nonneg_weights()
+        tensors = [x, layer.skip_weight, layer.bias, *weights]
+        self.tensors = [t.detach().to(**options).requires_grad_() for t in tensors]
         self.x, self.skip_weight, self.bias, *self.weights = self.tensors
 
     def double(self) -> Problem:
-        return Problem(self.width, self.hidden, self.batch, self.latent, torch.float64)
+        return replace(self, dtype=torch.float64)
 
     @property
     def activations(self) -> list[str]:
@@ -51,6 +59,21 @@ class Problem:
     @property
     def embedding(self) -> int | None:
         return self.width if self.latent else None
+
+    def effective(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [F.softplus(w) for w in weights] if self.raw else weights
+
+    def flops(self) -> float:
+        """Of map and training terms with nothing recomputed, the injection used: the least there is to do."""
+        plan = il.plan(
+            self.batch, self.width, self.hidden, embedding_features=self.latent, dtype=self.dtype, recompute=False
+        )
+        return plan.map_flops + plan.training_flops
+
+    def bytes(self) -> float:
+        """Inputs and parameters read, results written, once each for map and training terms."""
+        size = sum(t.numel() for t in self.tensors)
+        return float(self.dtype.itemsize * (size + self.v.numel() + 2 * size + self.v.numel()))
 
     def __str__(self) -> str:
         hidden = "x".join(map(str, (self.hidden[0], len(self.hidden))))
@@ -65,23 +88,35 @@ def _with_autograd(problem: Problem, brenier_map: Callable[..., Tensor]) -> Step
     return step
 
 
-def ours(problem: Problem) -> Step:
-    """The public functional API, autograd included."""
-    options: dict[str, Any] = {
+def _options(problem: Problem, **more: Any) -> dict[str, Any]:
+    return {
         "activations": problem.activations,
         "inverse_lipschitz": problem.constant,
         "embedding": problem.embedding,
+        **more,
     }
-    return _with_autograd(problem, lambda *a: functional.brenier_map(*a, **options))
+
+
+def ours(problem: Problem, **options: Any) -> Step:
+    """The public functional API, autograd included; with raw weights the module."""
+    if not problem.raw:
+        return _with_autograd(problem, lambda *a: functional.brenier_map(*a, **_options(problem, **options)))
+    layer = il.BrenierMap(problem.width, problem.hidden, dtype=problem.dtype, device=problem.device, **options)
+    parameters = [layer.skip_weight, layer.bias, *layer.raw_weights]
+    with torch.no_grad():
+        for ours, theirs in zip(parameters, problem.tensors[1:], strict=True):
+            ours.copy_(theirs)
+
+    def step() -> list[Tensor]:
+        t = functional.apply_potential_and_map(layer.operands(problem.x, problem.embedding), False, True)[1]
+        return [t.detach(), *torch.autograd.grad(t, [problem.x, *parameters], problem.v)]
+
+    return step
 
 
 def ours_stateless(problem: Problem) -> Step:
     """The stateless pair ``brenier_map`` and ``brenier_map_vjp``."""
-    options: dict[str, Any] = {
-        "activations": problem.activations,
-        "inverse_lipschitz": problem.constant,
-        "embedding": problem.embedding,
-    }
+    options = _options(problem)
 
     @torch.no_grad()
     def step() -> list[Tensor]:
@@ -102,7 +137,12 @@ def _padded(problem: Problem, x: Tensor) -> Tensor:
 def eager(problem: Problem) -> Step:
     """Double backward, as everybody writes it."""
     options: dict[str, Any] = {"activations": problem.activations, "inverse_lipschitz": problem.constant}
-    return _with_autograd(problem, lambda x, *a: reference.brenier_map(_padded(problem, x), *a, **options))
+
+    def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        weights = problem.effective(weights)
+        return reference.brenier_map(_padded(problem, x), skip_weight, bias, weights, **options)
+
+    return _with_autograd(problem, brenier_map)
 
 
 def closed_form_map(
@@ -127,7 +167,7 @@ def closed_form_map(
 def _closed_form(problem: Problem) -> Callable[..., Tensor]:
     def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
         y = _padded(problem, x)
-        return closed_form_map(y, skip_weight, bias, weights) + problem.constant * y
+        return closed_form_map(y, skip_weight, bias, problem.effective(weights)) + problem.constant * y
 
     return brenier_map
 
@@ -146,7 +186,7 @@ def expert(problem: Problem) -> Step:
     """The closed form of somebody who uses the injection: A's first columns meet z."""
 
     def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        t = closed_form_map(x, skip_weight, bias, weights, skip_weight[:, : x.shape[1]])
+        t = closed_form_map(x, skip_weight, bias, problem.effective(weights), skip_weight[:, : x.shape[1]])
         return t + problem.constant * _padded(problem, x)
 
     return _with_autograd(problem, brenier_map)
@@ -156,7 +196,7 @@ def func_compiled(problem: Problem) -> Step:
     """``torch.func.vjp`` of ``torch.func.grad`` of the potential, in one compiled step."""
 
     def network(y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        g = reference.convex_network(y, skip_weight, bias, weights, problem.activations)
+        g = reference.convex_network(y, skip_weight, bias, problem.effective(weights), problem.activations)
         return (g + problem.constant / 2 * y.square().sum(-1)).sum()
 
     def brenier_map(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -171,9 +211,45 @@ def func_compiled(problem: Problem) -> Step:
     return lambda: step(problem.v, *detached)
 
 
+def jax_jit(problem: Problem) -> Step:
+    """The closed form in JAX, map and vjp in one jitted function (extra ``jax``)."""
+    import jax
+    import jax.numpy as jnp
+
+    def brenier_map(x: Any, skip_weight: Any, bias: Any, *weights: Any) -> Any:
+        if problem.raw:
+            weights = tuple(map(jax.nn.softplus, weights))
+        y = jnp.pad(x, ((0, 0), (0, problem.width - x.shape[1]))) if problem.latent else x
+        splits = [sum(problem.hidden[: k + 1]) for k in range(len(problem.hidden))]
+        *parts, _ = jnp.split(y @ skip_weight.T + bias, splits, axis=1)
+        slopes, h = [], None
+        for k, part in enumerate(parts):
+            pre = part if h is None else part + h @ weights[k - 1].T
+            slopes.append(jax.nn.sigmoid(pre))
+            h = jax.nn.softplus(pre)
+        d = [weights[-1] * slopes[-1]]
+        for k in range(len(parts) - 2, -1, -1):
+            d.insert(0, (d[0] @ weights[k]) * slopes[k])
+        return jnp.concatenate(d, axis=1) @ skip_weight[:-1] + skip_weight[-1] + y
+
+    @jax.jit
+    def values(v: Any, *tensors: Any) -> list[Any]:
+        t, pull = jax.vjp(brenier_map, *tensors)
+        return [t, *pull(v)]
+
+    arrays = [jnp.asarray(t.detach().numpy()) for t in (problem.v, *problem.tensors)]
+
+    def step() -> list[Tensor]:
+        results = jax.block_until_ready(values(*arrays))
+        return [torch.from_dlpack(r) for r in results]
+
+    return step
+
+
 PEERS: dict[str, Callable[[Problem], Step]] = {
     "eager double backward": eager,
     "closed form": closed_form,
     "closed form, compiled": closed_form_compiled,
     "torch.func, compiled": func_compiled,
+    "JAX, jit": jax_jit,
 }

@@ -48,8 +48,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write(name: str, content: dict[str, Any]) -> Path:
-    """Write ``results/name.json``, all or nothing."""
-    path = RESULTS / f"{name}.json"
+def write(name: str | Path, content: dict[str, Any]) -> Path:
+    """Write ``results/name.json``, or a path, all or nothing."""
+    path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     return path

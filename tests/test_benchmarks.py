@@ -1,0 +1,87 @@
+"""The benchmark suite: what it times is right, and --check fails when it should."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+
+import pytest
+import torch
+
+from benchmarks import memory, peers, plots, suite, timing
+from benchmarks.__main__ import check, failures, timed
+from benchmarks.peers import PEERS, Problem
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("latent", [None, 3])
+@pytest.mark.parametrize("name", ["ours", "eager double backward", "closed form", "expert", "JAX, jit"])
+def test_every_step_is_right(name, latent, raw):
+    if "JAX" in name and importlib.util.find_spec("jax") is None:
+        pytest.skip("JAX is not installed (extra bench)")
+    problem = Problem(7, (12, 9), 20, latent, raw=raw)
+    make = {"ours": peers.ours, "expert": peers.expert}.get(name) or PEERS[name]
+    exact = [t.detach() for t in peers.eager(problem.double())()]
+    check(name, problem, make(problem), exact)
+
+
+def test_a_wrong_peer_is_not_timed():
+    problem = Problem(3, (4,), 5)
+    exact = [t.detach() for t in peers.eager(problem.double())()]
+    with pytest.raises(SystemExit, match="tampered is wrong"):
+        check("tampered", problem, lambda: [1.001 * t for t in peers.eager(problem)()], exact)
+
+
+def test_medians_tell_a_slow_step_from_a_fast_one():
+    steps = {"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}
+    medians = timing.interleaved_medians(steps, 0.05)
+    assert medians["slow"][0] > 2 * medians["fast"][0]
+
+
+def _result() -> dict:
+    row = {"ratio_module": 9.0, "ratio_expert": 9.0, "ratio_stateless": 9.0, "ratio": 9.0}
+    rows = [{"row": str(r.problem()), **row} for r in suite.ROWS]
+    return {"rows": rows, "lidvae": {"row": "LIDVAE", "ratio": 9.0, "wanted": 1.8}, "geometric_mean": 9.0}
+
+
+def test_check_passes_only_where_every_ratio_does():
+    assert failures(_result(), None) == []
+    for key in ("ratio", "ratio_module"):
+        for k in range(len(suite.ROWS)):
+            result = _result()
+            result["rows"][k][key] = 0.9
+            assert len(failures(result, None)) == 1
+    for change in ({"geometric_mean": 1.5}, {"lidvae": {"row": "LIDVAE", "ratio": 1.7, "wanted": 1.8}}):
+        assert len(failures({**_result(), **change}, None)) == 1
+    fallen = copy.deepcopy(_result())
+    fallen["rows"][3]["ratio"] = 7.0  # of a committed 9
+    assert "committed ratio" in failures(fallen, _result())[0]
+
+
+def test_pictures_come_from_the_result(tmp_path):
+    torch.manual_seed(0)
+    problem = Problem(3, (4,), 5)
+    times = timed(problem, ["closed form"], 0.01)
+    row = {
+        "row": str(problem),
+        "milliseconds": {name: t * 1e3 for name, (t, _) in times.items()},
+        "best_peer": "closed form",
+        "flops": problem.flops(),
+        "bytes": problem.bytes(),
+    }
+    result = {"rows": [row] * 2, "matmul_ceiling": 1e11, "copy_ceiling": 1e10, "dtype": "float32", "processor": "x"}
+    for path in plots.draw(result, tmp_path / "picture"):
+        assert path.stat().st_size > 5000
+
+
+def test_ours_keeps_at_most_half_of_what_eager_keeps():
+    problem = Problem(12, (40, 40), 64)
+    eager = memory._kept(problem, peers.eager(problem))
+    for options, most in (
+        ({"route": "matmul"}, eager / 2),
+        ({"recompute": True}, 0),
+        ({"recompute": False}, eager / 2),
+    ):
+        assert memory._kept(problem, peers.ours(problem, **options)) <= most
+    assert memory._peak(lambda: torch.ones(1 << 24)) >= (1 << 26)
