@@ -351,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: what the user can mend ends in one line and exit status 2, everything else in a traceback."""
     # torch's own forward mode says it once
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    import torch
+
     from .training.loop import Diverged
 
     try:
@@ -360,6 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -47,6 +49,35 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def _register(module: nn.Module, kind: str) -> None:
+    """Let methods gather the parameters as ``forward`` does; called from one another or from ``forward`` they find
+    them gathered, and gathering twice would scatter them too early."""
+    depth = [0]
+
+    def enter(*_: Any) -> None:
+        depth[0] += 1
+
+    def leave(*_: Any) -> None:
+        depth[0] -= 1
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
     for name in _METHODS[kind]:
-        if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+        if not hasattr(module, name):
+            continue
+        inner = getattr(module, name)
+        register_fsdp_forward_method(module, name)
+        setattr(module, name, _outermost(inner, getattr(module, name), depth))
+
+
+def _outermost(inner: Callable[..., Any], gathering: Callable[..., Any], depth: list[int]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if depth[0] > 0:
+            return inner(*args, **kwargs)
+        depth[0] += 1
+        try:
+            return gathering(*args, **kwargs)
+        finally:
+            depth[0] -= 1
+
+    return method

@@ -124,7 +124,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     )  # fmt: skip
     measures["train_loss"] = position.history[-1]["loss"]
     accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
     if accelerator.is_main_process:
         plain.save_pretrained(folder / "model")
         write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
