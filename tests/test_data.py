@@ -253,6 +253,8 @@ def test_lines_of_text_become_tokens_and_come_back(tmp_path):
     assert loaded.num_categories == len(loaded.vocabulary) == 7
     lines = loaded.to_text(torch.cat([loaded.train, loaded.test]))
     assert sorted(set(lines)) == ["ab é", "abba", "cab<eos>"]
+    letter = loaded.vocabulary.index("a")
+    assert loaded.to_text(torch.tensor([[letter, 0, letter, 0]])) == ["a<eos>"]
     short = data.load(f"text:{path}", length=9)
     assert (short.train == -1).any()
     assert "abba<eos>" in short.to_text(short.train)

@@ -155,8 +155,22 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: pytest.fail("done already"))
     assert train(config) == measures
+    other = replace(config, L=0.75, epochs=3)
     with pytest.raises(ValueError, match=r"holds another run: L was 0\.5, is 0\.75; epochs was 2, is 3"):
-        train(replace(config, L=0.75, epochs=3))
+        train(other)
+    monkeypatch.undo()
+    assert train(other, restart=True)["certified"] == pytest.approx(0.75)
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # nothing is left of the other
+
+
+def test_a_folder_holds_one_run_at_a_time(tmp_path):
+    config = small(tmp_path)
+
+    def intrude(step, steps, values):
+        with pytest.raises(ValueError, match=r"output: another process is training in"):
+            train(config)
+
+    train(config, intrude)
 
 
 @pytest.mark.parametrize("model", ["gmvae", "il-lidmvae"])

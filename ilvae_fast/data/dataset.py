@@ -27,11 +27,16 @@ class Dataset(NamedTuple):
     separator: str = " "
 
     def to_text(self, tokens: Tensor) -> list[str]:
-        """Sequences of tokens (n, D) as text; without a vocabulary as numbers."""
-        names = self.vocabulary
-        return [
-            self.separator.join(str(t) if names is None else names[t] for t in row if t >= 0) for row in tokens.tolist()
-        ]
+        """Sequences of tokens (n, D) as text, up to their first ``<eos>``; without a vocabulary as numbers."""
+        return [self.separator.join(self._words(row)) for row in tokens.tolist()]
+
+    def _words(self, row: list[int]) -> list[str]:
+        words: list[str] = []
+        for token in row:
+            if token < 0 or (words and words[-1] == "<eos>"):
+                break
+            words.append(str(token) if self.vocabulary is None else self.vocabulary[token])
+        return words
 
 
 def split(x: Tensor, labels: Tensor | None, fraction: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

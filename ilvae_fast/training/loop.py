@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from .._extras import require
 from .._files import write_atomically
 from ..annealing import Annealer
-from ..vae import VAE, VAEOutput
+from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
 from .config import TrainConfig, build_model, differences, load_dataset
 from .evaluation import evaluate
@@ -63,8 +65,37 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
         log_with="tensorboard",
         project_dir=os.fspath(folder),
     )
-    if accelerator.is_main_process and restart:
-        shutil.rmtree(folder, ignore_errors=True)
+    if accelerator.distributed_type.value == "FSDP":
+        raise ValueError("FSDP: is not for this loop, which measures whole models; shard(model) in a loop of your own")
+    if accelerator.is_main_process:
+        with _locked(folder):
+            if restart:
+                _clear(folder)
+            return _train(accelerator, config, folder, progress)
+    return _train(accelerator, config, folder, progress)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One run in a folder at a time; the lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output: another process is training in {folder}") from None
+        yield
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progress | None) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     _check_folder(config, folder)
     finished = folder / "metrics.json"
@@ -72,10 +103,10 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
         return json.loads(finished.read_text())
 
     # the same weights in all processes, then noise of their own
-    dataset = load_dataset(config)
-    accelerate.utils.set_seed(config.seed)
+    dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
+    set_seed(config.seed)
     plain = build_model(config, dataset)
-    accelerate.utils.set_seed(config.seed, device_specific=True)
+    set_seed(config.seed, device_specific=True)
     optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
     annealer, position = Annealer(plain, config.annealing), state.Position()
@@ -180,15 +211,18 @@ def _check_loss(
 def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     """The model before the step that went wrong, and what that step gave, from the file that :class:`Diverged` names.
 
-    One output for each micro-batch; ``output.loss.backward()`` shows the gradients.
+    One output for each micro-batch, on the kind of device where it happened, if there is one;
+    ``output.loss.backward()`` shows the gradients.
     """
-    from ..vae import VAEConfig
-
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model = VAE(VAEConfig.from_dict(saved["config"]))
     model.load_state_dict(saved["model"])
     torch.set_rng_state(saved["rng"]["cpu"])
-    return model, [model(part) for part in saved["x"].chunk(saved["accumulation"])]
+    device = torch.device("cuda" if "cuda" in saved["rng"] and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    model = model.to(device)
+    return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:
