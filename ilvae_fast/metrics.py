@@ -176,7 +176,7 @@ def epsilon_collapse(
 ) -> EpsilonCollapse:
     """Coordinates that are (epsilon, delta)-collapsed: ``P_x[KL(q(z_i|x) || p(z_i)) < epsilon] >= 1 - delta``.
 
-    Source: Lucas, Tucker, Grosse & Norouzi, NeurIPS 2019, definition 1.
+    Source: Lucas, Tucker, Grosse & Norouzi, NeurIPS 2019.
 
     Needs of the model: ``inference(x)`` and ``prior.kl(posterior)`` (n, m).
     """

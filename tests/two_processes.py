@@ -81,6 +81,21 @@ def gradients(folder: Path) -> None:
         rtol=1e-3,
         atol=0,
     )
+
+    options = {"encoder_hidden": (6,), "autoregressive_hidden": 5, "token_embedding": 4, "decoder_hidden": ((6,), (8,))}
+    config = VAEConfig.named(
+        "il-lidsvae", data_dim=5, latent_dim=2, **options, likelihood_options={"num_categories": 9}
+    )
+    torch.manual_seed(0)
+    whole = VAE(config)
+    torch.manual_seed(0)
+    sharded = shard(VAE(config))
+    tokens = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(1))
+    sharded(tokens).loss.backward()
+    assert torch.equal(sharded.reconstruct(tokens), whole.reconstruct(tokens))
+    torch.testing.assert_close(
+        metrics.relative_fisher(sharded, tokens, 2).divergence, metrics.relative_fisher(whole, tokens, 2).divergence
+    )
     (folder / f"gradients{RANK}").write_text("equal")
 
 

@@ -138,10 +138,8 @@ def _mnist_like(name: str, data_root: str | os.PathLike[str], download: bool, ve
     folders = [Path(data_root) / name, Path(data_root) / kind / "raw"]  # the latter is torchvision's
     files = [f"{name}/{p}-{q}-ubyte" for p in ("train", "t10k") for q in ("images-idx3", "labels-idx1")]
     if download and any(_located(file, folders) is None for file in files):
-        getattr(require("torchvision.datasets", "train"), kind)(os.fspath(data_root), download=True)
-    cure = (
-        f"pass download=True (needs torchvision: pip install ilvae_fast[train]), or copy {name}'s official files there"
-    )
+        getattr(require("torchvision.datasets", "download"), kind)(os.fspath(data_root), download=True)
+    cure = f"pass download=True (pip install ilvae_fast[download] brings torchvision), or copy {name}'s official files"
     paths = [_find(file, folders, cure) for file in files]
     arrays = [read_idx(path, _checksum(file, verify)) for path, file in zip(paths, files, strict=True)]
     train, train_labels, test, test_labels = arrays

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from ..decoder import BrenierDecoder
+from ..vae import AutoregressiveDecoder
 
 _METHODS = {
     "model": (
@@ -23,7 +24,7 @@ _METHODS = {
         "importance_sample",
         "log_likelihood",
     ),
-    "decoder": ("jvp", "jacobian", "inverse_lipschitz_bound", "embedding_matrix"),
+    "decoder": ("jvp", "jacobian", "inverse_lipschitz_bound", "embedding_matrix", "generate"),
 }
 
 
@@ -36,8 +37,8 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     Args:
         options: of ``torch.distributed.fsdp.fully_shard``, such as ``mesh`` and ``mp_policy``.
     """
-    parts = [module for module in model.modules() if isinstance(module, BrenierDecoder)]
-    for part in parts:
+    parts = [module for module in model.modules() if isinstance(module, BrenierDecoder | AutoregressiveDecoder)]
+    for part in reversed(parts):  # a decoder of sequences comes before its head
         fully_shard(part, **options)
         _register(part, "decoder")
     encoder = getattr(model, "encoder", None)

@@ -84,7 +84,7 @@ class VAEConfig:
         likelihood_options: options of the likelihood, such as ``{"scale": 0.5}``.
         kl_weight: factor of the KL term, >= 0; 1 is the ELBO, another one beta-VAE (Higgins et al., ICLR 2017).
         free_bits: nats of KL in each latent coordinate, averaged over the batch, that cost as much as fewer would
-            (Kingma et al., NeurIPS 2016, equation 15); 0 is the ELBO.
+            (Kingma et al., NeurIPS 2016); 0 is the ELBO.
 
     Raises:
         ValueError, TypeError: naming the field; for an unknown name with the nearest one.

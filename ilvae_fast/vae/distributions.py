@@ -143,7 +143,7 @@ class StandardNormal(Prior):
     Args:
         minimum_rate: lower bound of ``KL(q(z|x) || p(z))`` in nats, spread evenly over the coordinates, by keeping the
             posterior's variances under the value where a mean of 0 alone would cost as much. After delta-VAE
-            (Razavi, van den Oord, Poole & Vinyals, ICLR 2019, equation 3, for independent coordinates).
+            (Razavi, van den Oord, Poole & Vinyals, ICLR 2019), for independent coordinates.
     """
 
     def __init__(self, latent_dim: int, minimum_rate: float = 0.0) -> None:
