@@ -102,7 +102,7 @@ def gradients(folder: Path) -> None:
 def measures(folder: Path) -> None:
     """Measures of spread data are those of all."""
     same_noise()
-    digits, vae = data.load("digits"), model()
+    digits, vae = data.load("digits"), model().double()
 
     def total(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)

@@ -33,8 +33,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none.
 
-    Everything is computed in float64: singular values close to a certified constant are at stake. Of several processes
-    each takes its part of the data.
+    Divergence and constants are computed in float64, for singular values close to a certified constant are at stake,
+    everything else in the model's dtype. Of several processes each takes its part of the data.
 
     Args:
         num_importance_samples, fisher_samples: for each datum.
@@ -48,10 +48,10 @@ def evaluate(
         certified, measured; for a mixture clustering_accuracy, if the data have labels.
     """
     device = next(model.parameters()).device
-    model = copy.deepcopy(model).double().eval()
+    model = copy.deepcopy(model).eval()
     generator = torch.Generator(device).manual_seed(seed + process)
     x = dataset.test[:limit].to(device)
-    x = x.double() if x.is_floating_point() else x
+    x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
     labels = None if dataset.test_labels is None else dataset.test_labels[:limit]
     mine = slice(process, None, num_processes)
     own, few = x[mine], x[: max(num_processes, len(x) // 10)][mine]
@@ -62,12 +62,16 @@ def evaluate(
     kl = metrics.kl_divergence(model, own, reduce=reduce)
     active = metrics.active_units(model, own, reduce=reduce)
     collapse = metrics.epsilon_collapse(model, own, reduce=reduce)
+    # what follows needs all data at once: every process computes the same
+    common = torch.Generator(device).manual_seed(seed)
+    information = metrics.mutual_information(model, x[:_INFORMATION], generator=common)
+    clusters = _clusters(model, x) if model.config.prior == "gaussian_mixture" else None
+
+    model = model.double()
+    x, few = (t.double() if t.is_floating_point() else t for t in (x, few))
     width = model.config.data_dim * model.likelihood.parameters_per_value
     batch = max(1, 2**22 // (fisher_samples * width * model.config.latent_dim))
     fisher = metrics.relative_fisher(model, few, fisher_samples, batch_size=batch, generator=generator, reduce=reduce)
-    # what follows needs all data at once, or few: every process computes the same
-    common = torch.Generator(device).manual_seed(seed)
-    information = metrics.mutual_information(model, x[:_INFORMATION], generator=common)
     z = model.inference(x[:_JACOBIANS]).sample(generator=common)
     constant = metrics.inverse_lipschitz(metrics.decoder_given(model.decoder, x[0]), z, batch_size=16)
     result = {
@@ -85,8 +89,8 @@ def evaluate(
         "certified": constant.certified,
         "measured": constant.measured,
     }
-    if labels is not None and model.config.prior == "gaussian_mixture":
-        result["clustering_accuracy"] = metrics.clustering_accuracy(_clusters(model, x), labels)
+    if labels is not None and clusters is not None:
+        result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in result.items()}
 
 
