@@ -249,15 +249,19 @@ def test_bad_clusters_are_refused():
 # mixtures and sequences
 
 
-def test_measures_of_a_mixture_against_a_grid():
+@pytest.mark.parametrize(("latent_dim", "points", "reach"), [(1, 8001, 12.0), (2, 301, 9.0)])
+def test_measures_of_a_mixture_against_a_grid(latent_dim, points, reach):
     options = {"encoder_hidden": (5,), "decoder_hidden": ((8,), (8, 8)), "prior_options": {"num_components": 3}}
-    model = VAE(VAEConfig.named("il-lidmvae", data_dim=2, latent_dim=1, **options)).double()
+    model = VAE(VAEConfig.named("il-lidmvae", data_dim=2, latent_dim=latent_dim, **options)).double()
     x = torch.randn(4, 2, dtype=DTYPE)
-    z = torch.linspace(-12, 12, 8001, dtype=DTYPE).reshape(-1, 1, 1).expand(-1, 4, 1).clone().requires_grad_()
+    side = torch.linspace(-reach, reach, points, dtype=DTYPE)
+    z = torch.cartesian_prod(*[side] * latent_dim).reshape(-1, 1, latent_dim)
+    z = z.expand(-1, 4, latent_dim).clone().requires_grad_()
     conditional = model.likelihood.log_prob(x, model.decoder(z))
     (gradient,) = torch.autograd.grad(conditional.sum(), z)
     joint = (conditional + model.prior.log_prob(z)).detach()
-    nll = -(joint.logsumexp(0) + math.log(24 / 8000)).mean().item()
+    volume = (2 * reach / (points - 1)) ** latent_dim
+    nll = -(joint.logsumexp(0) + math.log(volume)).mean().item()
     assert metrics.negative_log_likelihood(model, x, 20000, generator=seeded()) == pytest.approx(nll, abs=0.01)
     divergence = (joint.softmax(0) * gradient.square().sum(-1)).sum(0).mean().item()
     fisher = metrics.relative_fisher(model, x, 20000, generator=seeded())
