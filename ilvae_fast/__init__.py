@@ -1,5 +1,6 @@
 """Fused input-convex networks, their gradient maps, and inverse-Lipschitz VAEs."""
 
+from . import annealing as annealing
 from . import convert as convert
 from . import data as data
 from . import functional as functional

@@ -7,6 +7,8 @@ Arguments common to all functions:
         device and in its dtype
     batch_size: how many data of a tensor go at once
     generator: of the samples; by default torch's own
+    reduce: for data that are spread over processes: sums a float64 tensor over all of them (of each call's result
+        every process has the same then), such as ``lambda t: accelerator.reduce(t, "sum")``
 
 Units are nats. Errors name the argument: ValueError for data without a datum, TypeError.
 """
@@ -14,22 +16,28 @@ Units are nats. Errors name the argument: ValueError for data without a datum, T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ._extras import require
 from .layers import check_positive
 
 Data: TypeAlias = "Tensor | Iterable[Tensor | Sequence[Tensor]]"
+Reduce: TypeAlias = "Callable[[Tensor], Tensor] | None"
+
+_PAIRS = 2**22  # densities of a sample under a posterior that are held at a time
 
 
 class KLDivergence(NamedTuple):
-    """total: a float. per_dimension (m,) float64, whose sum it is."""
+    """total: a float. per_dimension (m,) float64, whose sum it is, but for a mixture, which adds assignment, the KL of
+    q(y|x) from p(y)."""
 
     total: float
     per_dimension: Tensor
+    assignment: float = 0.0
 
 
 class ActiveUnits(NamedTuple):
@@ -37,6 +45,15 @@ class ActiveUnits(NamedTuple):
 
     active: int
     variances: Tensor
+
+
+class EpsilonCollapse(NamedTuple):
+    """epsilons. probability (E, m) float64: how many of the data have a KL under epsilon in a coordinate. collapsed
+    (E,): the fraction of coordinates where all but delta of them have."""
+
+    epsilons: tuple[float, ...]
+    probability: Tensor
+    collapsed: Tensor
 
 
 class RelativeFisher(NamedTuple):
@@ -72,6 +89,13 @@ def _batches(data: Data, batch_size: int) -> Iterator[Tensor]:
         raise ValueError("data: got no datum, wanted at least one")
 
 
+def _mean(total: Tensor, count: int, reduce: Reduce) -> Tensor:
+    """``total / count`` on the CPU, both summed over processes."""
+    sums = torch.cat([total.double().cpu().reshape(-1), torch.tensor([count], dtype=torch.float64)])
+    sums = sums if reduce is None else reduce(sums).cpu()
+    return (sums[:-1] / sums[-1]).reshape(total.shape)
+
+
 @torch.no_grad()
 def negative_log_likelihood(
     model: Any,
@@ -80,6 +104,7 @@ def negative_log_likelihood(
     *,
     batch_size: int = 256,
     generator: torch.Generator | None = None,
+    reduce: Reduce = None,
 ) -> float:
     """``-1/N sum_x log 1/S sum_s p(x, z_s) / q(z_s|x)``, z_s ~ q(z|x): an upper bound of ``-log p(x)`` in expectation.
 
@@ -88,28 +113,38 @@ def negative_log_likelihood(
 
     Needs of the model: ``log_likelihood(x, num_importance_samples, generator)``.
     """
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for x in _batches(data, batch_size):
-        total -= model.log_likelihood(x, num_importance_samples, generator).double().sum().item()
+        total = total - model.log_likelihood(x, num_importance_samples, generator).double().sum().cpu()
         count += len(x)
-    return total / count
+    return float(_mean(total, count, reduce))
 
 
 @torch.no_grad()
-def kl_divergence(model: Any, data: Data, *, batch_size: int = 1024) -> KLDivergence:
+def kl_divergence(model: Any, data: Data, *, batch_size: int = 1024, reduce: Reduce = None) -> KLDivergence:
     """``E_x KL(q(z|x) || p(z))``, and what each latent coordinate contributes to it, in closed form.
 
-    Needs of the model: ``inference(x)`` and ``prior.kl(posterior)`` (n, m).
+    For a mixture prior it is the KL term of the ELBO, ``E_x [KL(q(y|x) || p(y)) + E_q(y|x) KL(q(z|x, y) || p(z|y))]``,
+    an upper bound of the divergence of the marginals.
+
+    Needs of the model: ``inference(x)`` and ``prior.kl(posterior)`` (n, m); ``prior.assignment_kl`` (n), if it has one.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for x in _batches(data, batch_size):
-        total = total + model.prior.kl(model.inference(x)).double().sum(0).cpu()
+        posterior = model.inference(x)
+        parts = model.prior.kl(posterior).double()
+        assignment = model.prior.assignment_kl(posterior) if hasattr(model.prior, "assignment_kl") else None
+        rest = parts.new_zeros(len(x)) if assignment is None else assignment.double()
+        total = total + torch.cat([parts, rest.unsqueeze(-1)], -1).sum(0).cpu()
         count += len(x)
-    return KLDivergence(float(total.sum()) / count, total / count)
+    means = _mean(total, count, reduce)
+    return KLDivergence(float(means.sum()), means[:-1], float(means[-1]))
 
 
 @torch.no_grad()
-def active_units(model: Any, data: Data, threshold: float = 0.01, *, batch_size: int = 1024) -> ActiveUnits:
+def active_units(
+    model: Any, data: Data, threshold: float = 0.01, *, batch_size: int = 1024, reduce: Reduce = None
+) -> ActiveUnits:
     """Latent coordinates with ``Var_x E_q(z|x)[z] >= threshold``, the (biased) variance over the data.
 
     Source: Burda et al., ICLR 2016, section 5.2.
@@ -124,8 +159,100 @@ def active_units(model: Any, data: Data, threshold: float = 0.01, *, batch_size:
         square = square + (latent - here).square().sum(0) + (here - mean).square() * (count * n / (count + n))
         mean = mean + (here - mean) * (n / (count + n))
         count += n
-    variances = square / count
+    common = _mean(count * mean, count, reduce)
+    variances = _mean(square + count * (mean - common).square(), count, reduce)
     return ActiveUnits(int((variances >= threshold).sum()), variances)
+
+
+@torch.no_grad()
+def epsilon_collapse(
+    model: Any,
+    data: Data,
+    epsilons: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+    delta: float = 0.01,
+    *,
+    batch_size: int = 1024,
+    reduce: Reduce = None,
+) -> EpsilonCollapse:
+    """Coordinates that are (epsilon, delta)-collapsed: ``P_x[KL(q(z_i|x) || p(z_i)) < epsilon] >= 1 - delta``.
+
+    Source: Lucas, Tucker, Grosse & Norouzi, NeurIPS 2019.
+
+    Needs of the model: ``inference(x)`` and ``prior.kl(posterior)`` (n, m).
+    """
+    if not epsilons:
+        raise ValueError("epsilons: got none, wanted at least one")
+    if not 0 <= delta < 1:
+        raise ValueError(f"delta: got {delta!r}, wanted 0 <= delta < 1")
+    bounds = torch.tensor(list(epsilons), dtype=torch.float64).view(-1, 1, 1)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x in _batches(data, batch_size):
+        parts = model.prior.kl(model.inference(x)).double().cpu()
+        total = total + (parts < bounds).double().sum(1)
+        count += len(x)
+    probability = _mean(total, count, reduce)
+    collapsed = (probability >= 1 - delta).double().mean(-1)
+    return EpsilonCollapse(tuple(float(e) for e in epsilons), probability, collapsed)
+
+
+@torch.no_grad()
+def mutual_information(
+    model: Any,
+    data: Data,
+    num_samples: int = 1,
+    *,
+    batch_size: int = 1024,
+    generator: torch.Generator | None = None,
+) -> float:
+    """``I_q(x; z) = E_x KL(q(z|x) || q(z))``, x uniform on the data and ``q(z) = 1/N sum_x q(z|x)`` their aggregate.
+
+    q(z) is summed over all data exactly; what is sampled is z alone, ``num_samples`` for each datum. At most log N.
+    The divergence of aggregate and prior is the rest of the KL term: ``E_x KL(q(z|x) || p(z)) - I_q`` (Hoffman &
+    Johnson, 2016). The posteriors of all data are held, and N^2 ``num_samples`` densities computed: give a part of
+    large data.
+
+    Needs of the model: ``inference(x)``, a tuple of tensors (n, ...) with ``sample`` and ``log_prob``.
+    """
+    check_positive("num_samples", num_samples)
+    parts = [model.inference(x) for x in _batches(data, batch_size)]
+    posterior = type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    count, total = len(posterior.mean), 0.0
+    densities = posterior[0][0].numel()
+    for _ in range(num_samples):
+        z = posterior.sample(generator=generator)
+        total += posterior.log_prob(z).double().sum().item()
+        for part in z.split(max(1, _PAIRS // (count * densities))):
+            aggregate = posterior.log_prob(part.unsqueeze(1)).logsumexp(1) - math.log(count)
+            total -= aggregate.double().sum().item()
+    return total / (count * num_samples)
+
+
+def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
+    """The largest fraction of data whose cluster stands for their label, over all one-to-one assignments of the two.
+
+    Args:
+        clusters, labels: (N,) integers from 0, of any number of clusters and classes. Of a mixture, the cluster of x is
+            ``model.inference(x).logits.argmax(-1)``.
+
+    The assignment is found by the Hungarian method (Kuhn, 1955), as is usual since Yang et al. (2010).
+
+    Raises:
+        ValueError: shapes that differ, no datum, or negative numbers.
+        ImportError: SciPy is not installed; says how to install it.
+    """
+    if clusters.shape != labels.shape or clusters.dim() != 1:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, wanted that of clusters, {tuple(clusters.shape)}")
+    if len(labels) == 0:
+        raise ValueError("labels: got no datum, wanted at least one")
+    for name, values in (("clusters", clusters), ("labels", labels)):
+        if int(values.min()) < 0:
+            raise ValueError(f"{name}: got {int(values.min())}, wanted numbers >= 0")
+    classes = int(labels.max()) + 1
+    shape = (int(clusters.max()) + 1, classes)
+    table = torch.bincount(clusters.cpu() * classes + labels.cpu(), minlength=shape[0] * classes).reshape(shape)
+    optimize = require("scipy.optimize", "train")
+    rows, columns = optimize.linear_sum_assignment(table.numpy(), maximize=True)
+    return int(table[rows, columns].sum()) / len(labels)
 
 
 @torch.no_grad()
@@ -136,6 +263,7 @@ def relative_fisher(
     *,
     batch_size: int = 32,
     generator: torch.Generator | None = None,
+    reduce: Reduce = None,
 ) -> RelativeFisher:
     r"""Relative Fisher information divergence of the true posterior from the prior, and its lower bound.
 
@@ -154,25 +282,27 @@ def relative_fisher(
     which therefore are ordered sample by sample, not in expectation alone. A mean effective sample size ``1 / sum w^2``
     (Kong, 1992) near 1 says that the estimates are not to be trusted.
 
+    For an autoregressive decoder f(z) are the logits of all tokens of x, stacked: bounds of single tokens do not add.
+
     Needs of the model: ``importance_sample(x, num_samples, generator)``, ``likelihood.score(x, f)`` and ``decoder``
     as in :func:`decoder_jacobian`. ``batch_size * num_samples`` Jacobians (D, m) are held at a time.
     """
     check_positive("num_samples", num_samples)
-    divergence = projected = effective = 0.0
-    count = 0
+    total, count, constant = torch.zeros(3, dtype=torch.float64), 0, math.nan
     for x in _batches(data, batch_size):
         samples = model.importance_sample(x, num_samples, generator)
         weights = samples.log_weights.softmax(0)
-        jacobian = decoder_jacobian(model.decoder, samples.z)
+        decoder = decoder_given(model.decoder, x)
+        jacobian = decoder_jacobian(decoder, samples.z)
         score = model.likelihood.score(x, samples.f).unsqueeze(-1)
         gradient = (jacobian.mT @ score).square().sum((-2, -1))
         residual = (torch.linalg.qr(jacobian).Q.mT @ score).square().sum((-2, -1))
-        divergence += (weights * gradient).double().sum().item()
-        projected += (weights * residual).double().sum().item()
-        effective += (1 / weights.square().sum(0)).double().sum().item()
+        sums = [(weights * gradient).sum(0), (weights * residual).sum(0), 1 / weights.square().sum(0)]
+        total = total + torch.stack(sums).double().sum(-1).cpu()
+        constant = certified_constant(decoder)
         count += len(x)
-    bound = certified_constant(model.decoder) ** 2 * projected / count
-    return RelativeFisher(divergence / count, bound, projected / count, effective / count)
+    divergence, projected, effective = _mean(total, count, reduce).tolist()
+    return RelativeFisher(divergence, constant**2 * projected, projected, effective)
 
 
 @torch.no_grad()
@@ -183,7 +313,7 @@ def inverse_lipschitz(decoder: Any, z: Tensor, *, batch_size: int = 1024) -> Inv
     singular value, so what is measured on samples lies above the true constant, and above any certified one.
 
     Args:
-        decoder: as in :func:`decoder_jacobian`.
+        decoder: as in :func:`decoder_jacobian`; of an autoregressive one, ``decoder.given(x)`` for one sequence x (T,).
         z: latents where to look, such as samples of the prior or of posteriors.
     """
     measured = math.inf
@@ -200,6 +330,11 @@ def certified_constant(decoder: Any) -> float:
     """The inverse-Lipschitz constant that ``decoder.inverse_lipschitz_bound()`` guarantees; NaN without that method."""
     bound = getattr(decoder, "inverse_lipschitz_bound", None)
     return math.nan if bound is None else float(bound())
+
+
+def decoder_given(decoder: Any, x: Tensor) -> Any:
+    """The decoder as a function of z alone: ``decoder.given(x)`` if it reads x (..., T) too, else itself."""
+    return decoder.given(x) if hasattr(decoder, "given") else decoder
 
 
 def decoder_jacobian(decoder: Any, z: Tensor) -> Tensor:

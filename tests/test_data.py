@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import os
+import struct
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ilvae_fast import data
+
+DATA_ROOT = os.environ.get("ILVAE_FAST_DATA_ROOT")
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def small_mnist(tmp_path) -> dict[str, np.ndarray]:
+    """Made-up files in the form of MNIST under tmp_path / "mnist", and what is in them."""
+    rng = np.random.default_rng(0)
+    shapes = ((30, 4, 5), (30,), (10, 4, 5), (10,))
+    arrays = {name: rng.integers(0, 256, shape, np.uint8) for name, shape in zip(FILES, shapes, strict=True)}
+    (tmp_path / "mnist").mkdir()
+    for k, (name, array) in enumerate(arrays.items()):
+        content = idx(array)
+        packed = (name + ".gz", gzip.compress(content)) if k % 2 else (name, content)
+        (tmp_path / "mnist" / packed[0]).write_bytes(packed[1])
+    return arrays
+
+
+# digits
 
 
 def test_digits_are_scaled_and_split():
@@ -44,12 +74,238 @@ def test_the_split_is_always_the_same_and_mixes_the_classes():
     assert first.test_labels.bincount().min() >= 20
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"name: got 'digit', wanted one of .*nearest: 'digits'"):
-        data.load("digit")
-
-
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"sklearn is needed.*pip install ilvae_fast\[train\]"):
         data.load("digits")
+
+
+# names and options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, r"name: got 'digit', wanted one of .*nearest: 'digits'"),
+        ("fashion-mnist", {}, "nearest: 'fashion_mnist'"),
+        ("npz:", {}, "nearest: 'npz:FILE'"),
+        ("text:", {}, "nearest: 'text:FILE'"),
+        ("toy", {"sigm": 1.0}, "option of toy: got 'sigm', wanted one of .*nearest: 'sigma'"),
+        ("toy", {"sigma": 0.0}, r"sigma: got 0\.0"),
+        ("toy", {"num_train": 0}, "num_train: got 0"),
+        ("synthetic_text", {"length": 0}, "length: got 0"),
+    ],
+)
+def test_unknown_names_and_bad_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, **options)
+
+
+def test_options_of_a_data_set_that_has_none_are_refused():
+    with pytest.raises(TypeError, match="digits takes no 'sigma'"):
+        data.load("digits", sigma=1.0)
+
+
+# IDX files
+
+
+def test_idx_files_packed_or_not_become_images_and_labels(tmp_path, small_mnist):
+    loaded = data.load("mnist", tmp_path, verify=False)
+    assert loaded.shape == (4, 5)
+    for tensor, name in zip((loaded.train, loaded.train_labels, loaded.test, loaded.test_labels), FILES, strict=True):
+        expected = small_mnist[name]
+        if expected.ndim == 3:
+            expected = (expected.reshape(len(expected), -1) / np.float32(255)).astype(np.float32)
+        assert np.array_equal(tensor.numpy(), expected), name
+
+
+def test_the_data_root_may_come_from_the_environment_and_follow_torchvision(tmp_path, small_mnist, monkeypatch):
+    monkeypatch.setenv("ILVAE_FAST_DATA_ROOT", str(tmp_path / "moved"))
+    (tmp_path / "moved" / "MNIST").mkdir(parents=True)
+    (tmp_path / "mnist").rename(tmp_path / "moved" / "MNIST" / "raw")
+    assert len(data.load("mnist", verify=False).train) == 30
+
+
+def test_a_missing_file_is_named_with_where_and_how(tmp_path, small_mnist):
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("mnist", tmp_path, verify=False)
+    for part in ("t10k-labels-idx1-ubyte[.gz]", str(tmp_path / "mnist"), "--data-root", "download=True"):
+        assert part in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"background-28x28.*brendenlake/omniglot"):
+        data.load("omniglot", tmp_path)
+
+
+def test_another_file_than_the_known_one_is_refused(tmp_path, small_mnist):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: is not the known file: sha256.*verify=False"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train-labels-idx1-ubyte.gz", lambda c: c[:-12], "cannot be unpacked"),
+        ("train-labels-idx1-ubyte.gz", lambda c: b"<html>", "cannot be unpacked"),
+        ("train-images-idx3-ubyte", lambda c: c[:-1], r"holds 599 values and its header says \(30, 4, 5\)"),
+        ("train-images-idx3-ubyte", lambda c: c[:9], "header is cut off"),
+        ("train-images-idx3-ubyte", lambda c: b"<html>", "wanted an IDX file"),
+        ("train-images-idx3-ubyte", lambda c: c[:2] + b"\x0d" + c[3:], "wanted an IDX file of bytes"),
+        ("t10k-labels-idx1-ubyte.gz", lambda c: gzip.compress(idx(np.zeros(3, np.uint8))), "3 labels for 10 images"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, small_mnist, name, damage, message):
+    path = tmp_path / "mnist" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load("mnist", tmp_path, verify=False)
+    assert str(path) in str(caught.value)
+
+
+def test_omniglot_labels_number_the_characters(tmp_path):
+    (tmp_path / "omniglot").mkdir()
+    for part, count in (("background", 60), ("evaluation", 40)):
+        content = idx(np.zeros((count, 28, 28), np.uint8))
+        (tmp_path / "omniglot" / f"{part}-28x28-images-idx3-ubyte").write_bytes(content)
+    loaded = data.load("omniglot", tmp_path, verify=False)
+    assert loaded.train_labels.tolist() == sorted([0, 1, 2] * 20)
+    assert loaded.test_labels.tolist() == sorted([3, 4] * 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA_ROOT is None, reason="ILVAE_FAST_DATA_ROOT names no folder with the real files")
+@pytest.mark.parametrize(
+    ("name", "train", "test", "mean"),
+    [
+        ("mnist", 60000, 10000, 33.318421),
+        ("fashion_mnist", 60000, 10000, 72.940352),
+        ("omniglot", 19280, 13180, 19.874234),
+    ],
+)
+def test_the_real_files(name, train, test, mean):
+    loaded = data.load(name)
+    assert loaded.train.shape == (train, 784)
+    assert loaded.test.shape == (test, 784)
+    assert loaded.train.double().mean().item() * 255 == pytest.approx(mean, abs=1e-4)
+    if name == "mnist":
+        assert loaded.test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+# drawn data
+
+
+@pytest.mark.parametrize("name", ["toy", "pinwheel", "synthetic_text"])
+def test_drawn_data_are_always_the_same_and_leave_torchs_generator_alone(name):
+    options = {"num_sentences": 50} if name == "synthetic_text" else {}
+    state = torch.get_rng_state()
+    first, second = data.load(name, **options), data.load(name, **options)
+    assert torch.equal(first.train, second.train)
+    assert torch.equal(first.test_labels, second.test_labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first.train, data.load(name, **options, seed=1).train)
+
+
+def test_toy_data_have_the_means_and_the_bayes_accuracy_they_should():
+    toy = data.load("toy", sigma=7.5, num_train=40000)
+    for label in (0, 1):
+        part = toy.train[toy.train_labels == label]
+        torch.testing.assert_close(part.mean(0), torch.full((2,), 10.0 * label), atol=0.2, rtol=0)
+        torch.testing.assert_close(part.std(0), torch.full((2,), 7.5), atol=0.2, rtol=0)
+    best = (toy.train.sum(-1) > 10).long()  # the nearer mean
+    limit = 0.5 * (1 + math.erf(math.sqrt(2) * 10 / (2 * 7.5) / math.sqrt(2)))
+    assert (best == toy.train_labels).float().mean().item() == pytest.approx(limit, abs=0.01)
+
+
+def test_pinwheel_arms_are_equal_up_to_rotation():
+    wheel = data.load("pinwheel", num_per_class=2000)
+    x, labels = torch.cat([wheel.train, wheel.test]), torch.cat([wheel.train_labels, wheel.test_labels])
+    assert labels.bincount().tolist() == [2000] * 5
+    means = torch.stack([x[labels == k].mean(0) for k in range(5)])
+    angles = torch.atan2(means[:, 1], means[:, 0])
+    turns = (angles[:-1] - angles[1:]) % (2 * math.pi)
+    torch.testing.assert_close(turns, torch.full((4,), 2 * math.pi / 5), atol=0.02, rtol=0)
+
+
+def test_synthetic_sentences_depend_on_their_latent():
+    text = data.load("synthetic_text", num_sentences=4000, vocabulary_size=50)
+    assert text.train.shape == (3600, 10)
+    assert text.train.dtype == torch.int64
+    assert (text.num_categories, text.shape) == (50, (10,))
+    assert 0 <= text.train.min() < text.train.max() < 50
+    # the first token knows nothing of the Gaussian, the others do: their frequencies differ from one to the other
+    counts = torch.zeros(2, 4, 50)
+    for row, column in ((0, text.train[:, 0]), (1, text.train[:, -1])):
+        counts[row].index_put_((text.train_labels, column), torch.tensor(1.0), accumulate=True)
+    frequencies = counts / counts.sum(-1, keepdim=True)
+    apart = (frequencies[:, 0] - frequencies[:, 3]).abs().sum(-1)
+    assert apart[0] < 0.5
+    assert apart[1] > 1.0
+
+
+# the user's files
+
+
+def test_lines_of_text_become_tokens_and_come_back(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text("abba\n\n  \nab é\ncab\n" * 4, encoding="utf-8")
+    loaded = data.load(f"text:{path}", length=4)
+    assert loaded.train.shape == (11, 4)
+    assert loaded.test.shape == (1, 4)
+    assert loaded.num_categories == len(loaded.vocabulary) == 7
+    lines = loaded.to_text(torch.cat([loaded.train, loaded.test]))
+    assert sorted(set(lines)) == ["ab é", "abba", "cab<eos>"]
+    letter = loaded.vocabulary.index("a")
+    assert loaded.to_text(torch.tensor([[letter, 0, letter, 0]])) == ["a<eos>"]
+    short = data.load(f"text:{path}", length=9)
+    assert (short.train == -1).any()
+    assert "abba<eos>" in short.to_text(short.train)
+    words = data.load(f"text:{path}", level="word", vocabulary_size=3)
+    assert set(words.to_text(words.train)) == {"<unk><eos>".replace("><", "> <"), "abba <eos>", "<unk> <unk> <eos>"}
+
+
+def test_bad_text_is_refused(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        data.load(f"text:{path}")
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="no line"):
+        data.load(f"text:{path}")
+    with pytest.raises(ValueError, match=r"level: got 'words'.*nearest: 'word'"):
+        data.load(f"text:{path}", level="words")
+    with pytest.raises(FileNotFoundError):
+        data.load(f"text:{tmp_path / 'none'}")
+
+
+def test_arrays_are_scaled_flattened_and_split(tmp_path):
+    path = tmp_path / "arrays.npz"
+    x = np.arange(20 * 6, dtype=np.uint8).reshape(20, 2, 3)
+    np.savez(path, x_train=x, y_train=np.arange(20))
+    loaded = data.load(f"npz:{path}", test_fraction=0.25)
+    assert (len(loaded.train), len(loaded.test), loaded.shape) == (15, 5, (2, 3))
+    torch.testing.assert_close(loaded.test, torch.from_numpy(x[loaded.test_labels].reshape(5, 6) / np.float32(255)))
+    np.savez(path, x_train=x.astype(np.float64), x_test=x[:3] + 1.5)
+    loaded = data.load(f"npz:{path}")
+    assert loaded.test_labels is None
+    torch.testing.assert_close(loaded.test, torch.from_numpy(x[:3].reshape(3, 6) + 1.5).float())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((3, 2))}, "holds x, wanted x_train"),
+        ({"x_train": np.zeros(3)}, r"x_train is float64 of shape \(3,\)"),
+        ({"x_train": np.zeros((3, 2)), "y_train": np.zeros(2)}, r"y_train has shape \(2,\)"),
+        ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((3, 4))}, "x_test"),
+        ({"x_train": np.array([["a", "b"]])}, "x_train is <U1"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        data.load(f"npz:{tmp_path / 'arrays.npz'}")
+
+
+def test_what_numpy_did_not_write_is_refused(tmp_path):
+    Path(tmp_path / "arrays.npz").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(ValueError, match=r"no archive of arrays that numpy\.savez wrote"):
+        data.load(f"npz:{tmp_path / 'arrays.npz'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -9,78 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch import nn
+from torch.distributions import Normal, kl_divergence
 
+from examples.closed_forms import DTYPE, Linear
 from ilvae_fast import metrics
-from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
-
-DTYPE = torch.float64
-SIGMA = 0.8
-
-
-class LinearDecoder(nn.Module):
-    """``f(z) = W z + b``, with what the metrics ask of a decoder."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z @ self.weight.T + self.bias
-
-    def jacobian(self, z: Tensor) -> Tensor:
-        return self.weight.expand(*z.shape[:-1], *self.weight.shape)
-
-    def inverse_lipschitz_bound(self) -> Tensor:
-        return torch.linalg.svdvals(self.weight.detach()).min()
-
-
-class LinearEncoder(nn.Module):
-    """``q(z|x) = N(A (x - b), diag exp(log_variance))``."""
-
-    def __init__(self, weight: Tensor, shift: Tensor, log_variance: Tensor) -> None:
-        super().__init__()
-        self.weight, self.shift, self.log_variance = weight, shift, log_variance
-
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        mean = (x - self.shift) @ self.weight.T
-        return DiagonalGaussian(mean, self.log_variance.expand_as(mean))
-
-
-class Linear:
-    """A linear Gaussian VAE and all that is known of it.
-
-    Its posterior is N(mu, S) with S = (I + W^T W / sigma^2)^-1 and mu = S W^T (x - b) / sigma^2. With ``orthogonal``
-    columns S is diagonal and q(z|x) is the posterior exactly; else q(z|x) has its mean and variances alone.
-    """
-
-    def __init__(self, latent_dim: int, data_dim: int, orthogonal: bool = False) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.w = torch.randn(data_dim, latent_dim, dtype=DTYPE, generator=generator)
-        if orthogonal:
-            self.w = torch.linalg.qr(self.w).Q * torch.linspace(0.6, 1.5, latent_dim, dtype=DTYPE)
-        self.b = torch.randn(data_dim, dtype=DTYPE, generator=generator)
-        self.x = torch.randn(40, data_dim, dtype=DTYPE, generator=generator) + self.b
-        eye = torch.eye(latent_dim, dtype=DTYPE)
-        self.covariance = torch.linalg.inv(eye + self.w.T @ self.w / SIGMA**2)
-        gain = self.covariance @ self.w.T / SIGMA**2
-        self.mean = (self.x - self.b) @ gain.T
-
-        config = VAEConfig(data_dim, latent_dim, decoder="mlp", likelihood_options={"scale": SIGMA})
-        self.model = VAE(config)
-        self.model.decoder = LinearDecoder(self.w, self.b)
-        self.model.encoder = LinearEncoder(gain, self.b, self.covariance.diagonal().log())
-
-    def nll(self) -> float:
-        covariance = self.w @ self.w.T + SIGMA**2 * torch.eye(len(self.b), dtype=DTYPE)
-        return -MultivariateNormal(self.b, covariance).log_prob(self.x).mean().item()
-
-    def residual(self, projection: Tensor) -> float:
-        """``E |P (x - f(z))|^2 / sigma^4`` under the true posterior."""
-        at_mean = (self.x - self.b - self.mean @ self.w.T) @ projection.T
-        spread = projection @ self.w @ self.covariance @ self.w.T @ projection.T
-        return (at_mean.square().sum(-1).mean() + spread.trace()).item() / SIGMA**4
+from ilvae_fast.vae import VAE, DiagonalGaussian, GaussianMixturePosterior, VAEConfig
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -221,6 +156,184 @@ def test_measures_of_one_latent_against_a_grid(likelihood, options, data_dim):
     f = model.decoder(z.detach()[:, 0])
     steepness = (f[1:] - f[:-1]).norm(dim=-1).min().item() / (18 / 6000)
     assert measured == pytest.approx(steepness, rel=1e-4)
+
+
+# mutual information, collapse and clusters
+
+
+def posterior_of(posterior):
+    """A model whose q(z|x) are those given, one for each datum."""
+    return SimpleNamespace(inference=lambda x: type(posterior)(*(t[x[:, 0].long()] for t in posterior)))
+
+
+def random_posterior(kind: str, count: int, latent_dim: int):
+    if kind == "gaussian":
+        return DiagonalGaussian(
+            2 * torch.randn(count, latent_dim, dtype=DTYPE), torch.randn(count, latent_dim, dtype=DTYPE)
+        )
+    means = 2 * torch.randn(count, 3, latent_dim, dtype=DTYPE)
+    return GaussianMixturePosterior(torch.randn(count, 3, dtype=DTYPE), means, torch.randn_like(means).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_mutual_information_against_a_grid(latent_dim, kind, monkeypatch):
+    posterior = random_posterior(kind, 5, latent_dim)
+    side = torch.linspace(-12, 12, 601 if latent_dim == 2 else 4001, dtype=DTYPE)
+    z = torch.cartesian_prod(*[side] * latent_dim).reshape(-1, latent_dim)
+    log_q = posterior.log_prob(z.unsqueeze(1))  # (points, data)
+    aggregate = log_q.logsumexp(1, keepdim=True) - math.log(5)
+    volume = (side[1] - side[0]).item() ** latent_dim
+    expected = (log_q.exp() * (log_q - aggregate)).sum().item() * volume / 5
+    assert log_q.exp().sum(0).mul(volume).tolist() == pytest.approx([1.0] * 5, rel=1e-6)
+
+    x = torch.arange(5.0, dtype=DTYPE).unsqueeze(-1)
+    estimate = metrics.mutual_information(posterior_of(posterior), x, 8000, generator=seeded())
+    assert estimate == pytest.approx(expected, rel=0.02)
+    monkeypatch.setattr(metrics, "_PAIRS", 7)
+    assert metrics.mutual_information(posterior_of(posterior), x, 800, batch_size=2) == pytest.approx(expected, rel=0.1)
+
+
+def test_mutual_information_of_a_linear_model_and_its_extremes():
+    linear = Linear(2, 5, num_data=1500)
+    estimate = metrics.mutual_information(linear.model, linear.x, 2, generator=seeded())
+    assert estimate == pytest.approx(linear.mutual_information(), rel=0.05)
+    x = torch.arange(7.0, dtype=DTYPE).unsqueeze(-1)
+    collapsed = DiagonalGaussian(torch.zeros(7, 2, dtype=DTYPE), torch.zeros(7, 2, dtype=DTYPE))
+    assert metrics.mutual_information(posterior_of(collapsed), x, 3) == pytest.approx(0, abs=1e-12)
+    apart = DiagonalGaussian(100 * x.expand(7, 2), torch.zeros(7, 2, dtype=DTYPE))
+    assert metrics.mutual_information(posterior_of(apart), x, 3) == pytest.approx(math.log(7), rel=1e-9)
+
+
+def test_epsilon_collapse_counts_data_under_epsilon():
+    mean = torch.zeros(200, 3, dtype=DTYPE)
+    mean[:3, 0] = 5.0  # 1.5 % of the data use the first coordinate
+    mean[:, 1] = 0.1  # all use the second a little: a KL of 0.005
+    model = posterior_of(DiagonalGaussian(mean, torch.zeros_like(mean)))
+    model.prior = VAE(VAEConfig(3, 3)).prior
+    x = torch.arange(200.0).unsqueeze(-1)
+    result = metrics.epsilon_collapse(model, x, (0.001, 0.01), 0.01, batch_size=7)
+    assert result.epsilons == (0.001, 0.01)
+    expected = torch.tensor([[197 / 200, 0, 1], [197 / 200, 1, 1]], dtype=DTYPE)
+    torch.testing.assert_close(result.probability, expected)
+    assert result.collapsed.tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert metrics.epsilon_collapse(model, x, (0.01,), 0.02).collapsed.item() == 1
+    with pytest.raises(ValueError, match=r"delta: got 1\.0"):
+        metrics.epsilon_collapse(model, x, (0.01,), 1.0)
+    with pytest.raises(ValueError, match="epsilons: got none"):
+        metrics.epsilon_collapse(model, x, ())
+
+
+@given(clusters=st.integers(1, 5), classes=st.integers(1, 5), count=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_clustering_accuracy_is_the_best_assignment(clusters, classes, count, seed):
+    generator = seeded(seed)
+    found = torch.randint(clusters, (count,), generator=generator)
+    labels = torch.randint(classes, (count,), generator=generator)
+    names = range(max(clusters, classes))
+    best = max(
+        sum(name[c] == label for c, label in zip(found.tolist(), labels.tolist(), strict=True))
+        for name in itertools.permutations(names)
+    )
+    assert metrics.clustering_accuracy(found, labels) == pytest.approx(best / count)
+
+
+def test_bad_clusters_are_refused():
+    with pytest.raises(ValueError, match=r"labels: got shape \(3,\)"):
+        metrics.clustering_accuracy(torch.zeros(2).long(), torch.zeros(3).long())
+    with pytest.raises(ValueError, match="labels: got no datum"):
+        metrics.clustering_accuracy(torch.zeros(0).long(), torch.zeros(0).long())
+    with pytest.raises(ValueError, match="clusters: got -1"):
+        metrics.clustering_accuracy(torch.tensor([-1]), torch.tensor([0]))
+
+
+# mixtures and sequences
+
+
+@pytest.mark.parametrize(("latent_dim", "points", "reach"), [(1, 8001, 12.0), (2, 301, 9.0)])
+def test_measures_of_a_mixture_against_a_grid(latent_dim, points, reach):
+    options = {"encoder_hidden": (5,), "decoder_hidden": ((8,), (8, 8)), "prior_options": {"num_components": 3}}
+    model = VAE(VAEConfig.named("il-lidmvae", data_dim=2, latent_dim=latent_dim, **options)).double()
+    x = torch.randn(4, 2, dtype=DTYPE)
+    side = torch.linspace(-reach, reach, points, dtype=DTYPE)
+    z = torch.cartesian_prod(*[side] * latent_dim).reshape(-1, 1, latent_dim)
+    z = z.expand(-1, 4, latent_dim).clone().requires_grad_()
+    conditional = model.likelihood.log_prob(x, model.decoder(z))
+    (gradient,) = torch.autograd.grad(conditional.sum(), z)
+    joint = (conditional + model.prior.log_prob(z)).detach()
+    volume = (2 * reach / (points - 1)) ** latent_dim
+    nll = -(joint.logsumexp(0) + math.log(volume)).mean().item()
+    assert metrics.negative_log_likelihood(model, x, 20000, generator=seeded()) == pytest.approx(nll, abs=0.01)
+    divergence = (joint.softmax(0) * gradient.square().sum(-1)).sum(0).mean().item()
+    fisher = metrics.relative_fisher(model, x, 20000, generator=seeded())
+    assert fisher.divergence == pytest.approx(divergence, rel=0.05)
+    assert 0 < fisher.lower_bound <= fisher.divergence
+    kl, posterior = metrics.kl_divergence(model, x), model.inference(x)
+    assert kl.total == pytest.approx(model(x).kl.mean().item())
+    assert kl.assignment == pytest.approx(model.prior.assignment_kl(posterior).mean().item())
+
+
+@given(constants=st.tuples(*[st.floats(0.01, 3)] * 2), seed=st.integers(0, 1000))
+def test_the_bound_holds_for_sequences(constants, seed):
+    torch.manual_seed(seed)
+    sizes = {"encoder_hidden": (4,), "autoregressive_hidden": 3, "decoder_hidden": ((5,), (6,)), "token_embedding": 3}
+    options = {**sizes, "likelihood_options": {"num_categories": 7}, "inverse_lipschitz": constants}
+    model = VAE(VAEConfig.named("il-lidsvae", data_dim=4, latent_dim=2, **options)).double()
+    x = torch.randint(7, (3, 4))
+    x[0, 2:] = -1
+    fisher = metrics.relative_fisher(model, x, 8)
+    assert 0 < fisher.lower_bound <= fisher.divergence * (1 + 1e-9)
+    # the divergence is that of autograd's gradient
+    samples = model.importance_sample(x, 8, seeded(seed))
+    z = samples.z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.likelihood.log_prob(x, model.generative(z, x)).sum(), z)
+    expected = (samples.log_weights.softmax(0) * gradient.square().sum(-1)).sum(0).mean().item()
+    again = metrics.relative_fisher(model, x, 8, generator=seeded(seed))
+    assert again.divergence == pytest.approx(expected, rel=1e-9)
+    constant = metrics.inverse_lipschitz(model.decoder.given(x[1]), torch.randn(20, 2, dtype=DTYPE))
+    assert constant.measured >= 2 * constant.certified * (1 - 1e-9)  # by the root of four tokens
+
+
+# several processes
+
+
+class Processes:
+    """Runs a measure on each part of the data, with the sum over all that ``reduce`` would see."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, measure):
+        sums: list[torch.Tensor] = []
+        while True:  # once more for every reduction, whose sums are known from the time before
+            rounds = []
+            for part in self.parts:
+                calls: list[torch.Tensor] = []
+
+                def reduce(tensor, calls=calls):
+                    calls.append(tensor)
+                    return sums[len(calls) - 1] if len(calls) <= len(sums) else tensor
+
+                result = measure(part, reduce)
+                rounds.append(calls)
+            if len(rounds[0]) == len(sums):
+                return result
+            sums.append(sum(calls[len(sums)] for calls in rounds))
+
+
+def test_measures_of_spread_data_are_those_of_all():
+    linear = Linear(2, 5, orthogonal=True)
+    model, spread = linear.model, Processes([linear.x[:11], linear.x[11:15], linear.x[15:]])
+    nll = spread(lambda x, reduce: metrics.negative_log_likelihood(model, x, 1, reduce=reduce))
+    assert nll == pytest.approx(linear.nll(), rel=1e-12)
+    kl = spread(lambda x, reduce: metrics.kl_divergence(model, x, reduce=reduce))
+    assert kl.total == pytest.approx(linear.kl(), rel=1e-12)
+    variances = spread(lambda x, reduce: metrics.active_units(model, x, reduce=reduce)).variances
+    torch.testing.assert_close(variances, linear.mean.var(0, correction=0))
+    collapse = spread(lambda x, reduce: metrics.epsilon_collapse(model, x, reduce=reduce))
+    assert torch.equal(collapse.probability, metrics.epsilon_collapse(model, linear.x).probability)
+    fisher = spread(lambda x, reduce: metrics.relative_fisher(model, x, 4000, reduce=reduce))
+    assert fisher.divergence == pytest.approx(linear.residual(linear.w.T), rel=0.03)
+    assert fisher.effective_sample_size == pytest.approx(4000, rel=1e-9)
 
 
 # inequalities

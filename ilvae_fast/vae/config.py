@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +13,33 @@ from ..decoder import EMBEDDINGS
 from ..functional import check_inverse_lipschitz
 from ..layers import check_positive
 from .decoders import DECODERS
+from .distributions import PRIORS
+from .encoders import ENCODERS
 from .likelihoods import LIKELIHOODS
 
-# The published models, as what sets them apart.
+# The published models, as what sets them apart: a decoder ..
+_PLAIN: dict[str, Any] = {"decoder": "mlp"}  # Kingma & Welling, ICLR 2014
+# Wang, Blei & Cunningham, NeurIPS 2021: an injective decoder, no bound on how nearly it collapses
+_LID: dict[str, Any] = {"decoder": "brenier", "inverse_lipschitz": (0.0, 0.0)}
+_IL_LID: dict[str, Any] = {"decoder": "brenier", "inverse_lipschitz": (1.0, 1.0)}  # Kinoshita et al., ICML 2023
+# .. and a family: a mixture as prior, or sequences
+_MIXTURE: dict[str, Any] = {"prior": "gaussian_mixture"}
+_SEQUENCE: dict[str, Any] = {
+    "encoder": "lstm",
+    "encoder_hidden": (100,),
+    "autoregressive_hidden": 100,
+    "likelihood": "categorical",
+}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    # Kingma & Welling, ICLR 2014
-    "vae": {"decoder": "mlp"},
-    # Wang, Blei & Cunningham, NeurIPS 2021: an injective decoder, no bound on how nearly it collapses
-    "lidvae": {"decoder": "brenier", "inverse_lipschitz": (0.0, 0.0)},
-    # Kinoshita et al., ICML 2023
-    "il-lidvae": {"decoder": "brenier", "inverse_lipschitz": (1.0, 1.0)},
+    "vae": _PLAIN,
+    "lidvae": _LID,
+    "il-lidvae": _IL_LID,
+    "gmvae": {**_PLAIN, **_MIXTURE},
+    "lidmvae": {**_LID, **_MIXTURE},
+    "il-lidmvae": {**_IL_LID, **_MIXTURE},
+    "svae": {**_PLAIN, **_SEQUENCE, "decoder_hidden": ()},
+    "lidsvae": {**_LID, **_SEQUENCE},
+    "il-lidsvae": {**_IL_LID, **_SEQUENCE},
 }
 
 
@@ -46,18 +63,28 @@ class VAEConfig:
     """All that a :class:`VAE` is built from.
 
     Args:
-        data_dim: D, the values of one datum.
+        data_dim: D, the values of one datum; for sequences their length.
         latent_dim: m; at most D with a Brenier decoder.
+        prior: a key of ``PRIORS``: ``"standard_normal"`` or ``"gaussian_mixture"``.
+        prior_options: options of the prior, such as ``{"num_components": 10}`` or ``{"minimum_rate": 0.5}``.
+        encoder: a key of ``ENCODERS``: ``"mlp"``, ``"conv"``, ``"lstm"``, or ``"user"`` for a module of your own.
+        encoder_hidden: widths of the encoder's hidden layers; channels of its stages for ``"conv"``.
+        data_shape: of an image, (height, width) or (channels, height, width), for ``"conv"``.
         decoder: a key of ``DECODERS``: ``"mlp"`` or ``"brenier"``.
         inverse_lipschitz: L1 and L2 of a Brenier decoder, a pair or one value for both, >= 0.
         embedding: ``"identity"``, ``"orthogonal"`` or ``"full_rank"`` (:class:`ilvae_fast.BrenierDecoder`).
-        encoder_hidden: widths of the encoder's hidden layers.
         decoder_hidden: widths of the MLP's hidden layers, or a pair of those of the Brenier maps; None: (128, 128), or
             the default of :class:`ilvae_fast.BrenierDecoder`.
         decoder_options: further options of :class:`ilvae_fast.BrenierDecoder`, such as ``{"activation": "celu"}``.
-        likelihood: a key of ``LIKELIHOODS``: ``"bernoulli"`` or ``"gaussian"``.
+        autoregressive_hidden: width of the LSTM of an autoregressive decoder, for tokens; the decoder is its head, on
+            [hidden state, z]. None: x depends on z alone.
+        token_embedding: width of the embeddings of tokens in LSTMs.
+        likelihood: a key of ``LIKELIHOODS``: ``"bernoulli"``, ``"continuous_bernoulli"``, ``"gaussian"`` or
+            ``"categorical"``.
         likelihood_options: options of the likelihood, such as ``{"scale": 0.5}``.
         kl_weight: factor of the KL term, >= 0; 1 is the ELBO, another one beta-VAE (Higgins et al., ICLR 2017).
+        free_bits: nats of KL in each latent coordinate, averaged over the batch, that cost as much as fewer would
+            (Kingma et al., NeurIPS 2016); 0 is the ELBO.
 
     Raises:
         ValueError, TypeError: naming the field; for an unknown name with the nearest one.
@@ -65,22 +92,43 @@ class VAEConfig:
 
     data_dim: int
     latent_dim: int
+    prior: str = "standard_normal"
+    prior_options: Mapping[str, Any] = field(default_factory=dict)
+    encoder: str = "mlp"
+    encoder_hidden: tuple[int, ...] = (128, 128)
+    data_shape: tuple[int, ...] | None = None
     decoder: str = "brenier"
     inverse_lipschitz: tuple[float, float] = (1.0, 1.0)
     embedding: str = "identity"
-    encoder_hidden: tuple[int, ...] = (128, 128)
     decoder_hidden: tuple[int, ...] | tuple[tuple[int, ...], tuple[int, ...]] | None = None
     decoder_options: Mapping[str, Any] = field(default_factory=dict)
+    autoregressive_hidden: int | None = None
+    token_embedding: int = 100
     likelihood: str = "gaussian"
     likelihood_options: Mapping[str, Any] = field(default_factory=dict)
     kl_weight: float = 1.0
+    free_bits: float = 0.0
 
     def __post_init__(self) -> None:
         check_positive("data_dim", self.data_dim)
         check_positive("latent_dim", self.latent_dim)
-        for argument, known in (("decoder", DECODERS), ("embedding", EMBEDDINGS), ("likelihood", LIKELIHOODS)):
+        check_positive("token_embedding", self.token_embedding)
+        parts: dict[str, Iterable[str]] = {
+            "prior": PRIORS,
+            "encoder": ENCODERS,
+            "decoder": DECODERS,
+            "embedding": EMBEDDINGS,
+            "likelihood": LIKELIHOODS,
+        }
+        for argument, known in parts.items():
             if getattr(self, argument) not in known:
                 raise unknown_name(argument, getattr(self, argument), known)
+        if self.autoregressive_hidden is not None:
+            check_positive("autoregressive_hidden", self.autoregressive_hidden)
+            if self.likelihood != "categorical":
+                raise ValueError(
+                    f"likelihood: got {self.likelihood!r}, wanted 'categorical' with autoregressive_hidden"
+                )
 
         pair = _tuples(self.inverse_lipschitz)
         pair = pair if isinstance(pair, tuple) else (pair, pair)
@@ -88,18 +136,21 @@ class VAEConfig:
             raise ValueError(f"inverse_lipschitz: got {len(pair)} values, wanted one or a pair")
         object.__setattr__(self, "inverse_lipschitz", tuple(float(check_inverse_lipschitz(value)) for value in pair))
 
-        object.__setattr__(self, "encoder_hidden", _tuples(self.encoder_hidden))
-        _check_widths("encoder_hidden", self.encoder_hidden)
-        if self.decoder_hidden is not None:
-            object.__setattr__(self, "decoder_hidden", _tuples(self.decoder_hidden))
-            _check_widths("decoder_hidden", self.decoder_hidden)
-        for argument in ("decoder_options", "likelihood_options"):
+        for argument in ("encoder_hidden", "decoder_hidden", "data_shape"):
+            if getattr(self, argument) is not None:
+                object.__setattr__(self, argument, _tuples(getattr(self, argument)))
+                _check_widths(argument, getattr(self, argument))
+        if self.data_shape is not None and math.prod(self.data_shape) != self.data_dim:
+            raise ValueError(f"data_shape: got {self.data_shape}, wanted data_dim, {self.data_dim}, values in all")
+        for argument in ("prior_options", "decoder_options", "likelihood_options"):
             if not isinstance(getattr(self, argument), Mapping):
                 raise TypeError(f"{argument}: got {getattr(self, argument)!r}, wanted a mapping of names to values")
-        if isinstance(self.kl_weight, bool) or not isinstance(self.kl_weight, int | float):
-            raise TypeError(f"kl_weight: got {type(self.kl_weight).__name__}, wanted a number >= 0")
-        if not (math.isfinite(self.kl_weight) and self.kl_weight >= 0):
-            raise ValueError(f"kl_weight: got {self.kl_weight!r}, wanted a finite number >= 0")
+        for argument in ("kl_weight", "free_bits"):
+            value = getattr(self, argument)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{argument}: got {type(value).__name__}, wanted a number >= 0")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{argument}: got {value!r}, wanted a finite number >= 0")
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> VAEConfig:

@@ -1,12 +1,22 @@
-"""Encoders: from a datum to its approximate posterior."""
+"""Encoders by name, each built from a configuration. To add one, write a builder and put it into ``ENCODERS``.
+
+An encoder is a module ``(..., D) -> (..., P)``, with the P parameters of the approximate posterior that the prior asks
+for (``Prior.num_posterior_parameters``). One that makes its own posterior may return that instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from .distributions import DiagonalGaussian
+from ..layers import check_positive
+
+if TYPE_CHECKING:
+    from .config import VAEConfig
 
 
 def mlp(in_features: int, hidden_features: Sequence[int], out_features: int) -> nn.Sequential:
@@ -18,12 +28,97 @@ def mlp(in_features: int, hidden_features: Sequence[int], out_features: int) -> 
     return nn.Sequential(*layers, nn.Linear(in_features, out_features))
 
 
-class MLPEncoder(nn.Module):
-    """``q(z|x)``, a diagonal Gaussian whose mean and log-variance come from one MLP: (..., D) -> (..., m) each."""
+class _Residual(nn.Module):
+    """``x + conv(act(conv(act(x))))`` at one resolution."""
 
-    def __init__(self, data_dim: int, hidden_features: Sequence[int], latent_dim: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.network = mlp(data_dim, hidden_features, 2 * latent_dim)
+        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)]
+        self.branch = nn.Sequential(nn.SiLU(), convolutions[0], nn.SiLU(), convolutions[1])
 
-    def forward(self, x: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian(*self.network(x).chunk(2, -1))
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class ConvolutionalEncoder(nn.Module):
+    """Residual convolutions: each stage halves height and width, then adds one residual block (He et al., CVPR 2016).
+
+    Args:
+        data_shape: (height, width) or (channels, height, width) of a datum, which comes flattened.
+        channels: of each stage.
+        out_features: P.
+    """
+
+    def __init__(self, data_shape: Sequence[int], channels: Sequence[int], out_features: int) -> None:
+        super().__init__()
+        self.data_shape = (1, *data_shape) if len(data_shape) == 2 else tuple(data_shape)
+        if len(self.data_shape) != 3:
+            raise ValueError(
+                f"data_shape: got {tuple(data_shape)}, wanted (height, width) or (channels, height, width)"
+            )
+        previous, height, width = self.data_shape
+        stages: list[nn.Module] = []
+        for count in channels:
+            stages += [nn.Conv2d(previous, count, 3, stride=2, padding=1), _Residual(count)]
+            previous, height, width = count, math.ceil(height / 2), math.ceil(width / 2)
+        self.stages = nn.Sequential(*stages, nn.SiLU(), nn.Flatten())
+        self.head = nn.Linear(previous * height * width, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(x.reshape(-1, *self.data_shape))).reshape(*x.shape[:-1], -1)
+
+
+class LSTMEncoder(nn.Module):
+    """The last hidden state of a one-layer LSTM over tokens (..., T) in 0 .. num_categories - 1; -1: no token.
+
+    Args:
+        num_categories: V.
+        embedding: width of a token's embedding.
+        hidden: width of the LSTM.
+        out_features: P.
+    """
+
+    def __init__(self, num_categories: int, embedding: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_categories, embedding)
+        self.lstm = nn.LSTM(embedding, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        states, _ = self.lstm(self.embedding(flat.clamp(min=0)))
+        last = (flat >= 0).sum(-1).sub(1).clamp(min=0)
+        return self.head(states[torch.arange(len(flat), device=x.device), last]).reshape(*x.shape[:-1], -1)
+
+
+def _mlp(config: VAEConfig, out_features: int) -> nn.Module:
+    if config.likelihood == "categorical":
+        raise ValueError("encoder: got 'mlp' with a categorical likelihood, wanted 'lstm' or a module of your own")
+    return mlp(config.data_dim, config.encoder_hidden, out_features)
+
+
+def _conv(config: VAEConfig, out_features: int) -> nn.Module:
+    if config.data_shape is None:
+        raise ValueError("data_shape: got None, wanted the shape of an image for encoder='conv'")
+    return ConvolutionalEncoder(config.data_shape, config.encoder_hidden, out_features)
+
+
+def _lstm(config: VAEConfig, out_features: int) -> nn.Module:
+    if len(config.encoder_hidden) != 1:
+        raise ValueError(f"encoder_hidden: got {config.encoder_hidden}, wanted one width for encoder='lstm'")
+    if "num_categories" not in config.likelihood_options:
+        raise ValueError(f"encoder: got 'lstm' with likelihood {config.likelihood!r}, wanted 'categorical'")
+    tokens = check_positive("num_categories", config.likelihood_options["num_categories"])
+    return LSTMEncoder(tokens, config.token_embedding, config.encoder_hidden[0], out_features)
+
+
+def _user(config: VAEConfig, out_features: int) -> nn.Module:
+    raise ValueError(f"encoder: got 'user', wanted the module too: VAE(config, encoder=module), {out_features} outputs")
+
+
+ENCODERS: dict[str, Callable[[VAEConfig, int], nn.Module]] = {
+    "mlp": _mlp,
+    "conv": _conv,
+    "lstm": _lstm,
+    "user": _user,
+}

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._errors import unknown_name
+from ..layers import check_positive
+
 
 class Likelihood(nn.Module, ABC):
-    """What models and metrics need of a likelihood. Shapes: x (..., D), f (*samples, ..., D), broadcast."""
+    """What models and metrics need of a likelihood. Shapes: x (..., D), f (*samples, ..., P), broadcast; P = D times
+    ``parameters_per_value``."""
 
     data: ClassVar[str]  # words for the values it is meant for
+    parameters_per_value: int = 1
 
     @abstractmethod
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
@@ -26,19 +31,25 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def mean(self, f: Tensor) -> Tensor:
-        """``E[x|z]`` in the shape of f."""
+        """``E[x|z]``, or the likeliest x where x is not a number: (..., D)."""
 
     @abstractmethod
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One x for each f, in its shape."""
+        """One x (..., D) for each f."""
 
     @abstractmethod
     def score(self, x: Tensor, f: Tensor) -> Tensor:
-        """``d log p(x|z) / d f``, (*samples, ..., D).
+        """``d log p(x|z) / d f``, (*samples, ..., P).
 
         For an exponential family with natural parameter f it is the residual ``t(x) - grad Lambda(f)`` of sufficient
         statistic and mean. Then ``grad_z log p(x|z) = J_f(z)^T score``, which needs no autograd graph where the
         Jacobian is at hand. A likelihood with a part that depends on z other than through f has no such score.
+        """
+
+    def adapt(self, x: Tensor, f: Tensor, weights: Tensor | None) -> None:
+        """Called once before the loss of each training step, for what follows the data without a gradient.
+
+        weights (*samples, ...): of the samples of f; None: all 1.
         """
 
 
@@ -64,29 +75,108 @@ class Bernoulli(Likelihood):
         return x - f.sigmoid()
 
 
+class ContinuousBernoulli(Likelihood):
+    """Independent coordinates in [0, 1] with density ``exp(x f - Lambda(f))``, ``Lambda(f) = log((exp(f) - 1) / f)``.
+
+    f, the natural parameter, is the logit of the usual lambda. Source: Loaiza-Ganem & Cunningham, NeurIPS 2019.
+    """
+
+    data = "grey values in [0, 1]"
+    _SMALL = 0.1  # |f| below which the series in f are exact to rounding in float64
+
+    def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
+        return (x * f - self._log_partition(f)).sum(-1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        """``Lambda'(f) = 1 / (1 - exp(-f)) - 1 / f``."""
+        small = f.abs() < self._SMALL
+        safe = torch.where(small, 1.0, f)
+        square = torch.where(small, f, 0.0).square()
+        series = 1 / 12 - square * (1 / 720 - square * (1 / 30240 - square * (1 / 1209600 - square / 47900160)))
+        return torch.where(small, 0.5 + f * series, -1 / torch.expm1(-safe) - 1 / safe)
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        u = torch.rand(f.shape, generator=generator, dtype=f.dtype, device=f.device)
+        # inverse of the distribution function expm1(f x) / expm1(f), for f < 0; f > 0 is its mirror image
+        below = -f.abs()
+        flat = below > -1e-3
+        safe = torch.where(flat, -1.0, below)
+        x = torch.where(flat, u, torch.log1p(u * torch.expm1(safe)) / safe)
+        return torch.where(f > 0, 1 - x, x)
+
+    def score(self, x: Tensor, f: Tensor) -> Tensor:
+        return x - self.mean(f)
+
+    def _log_partition(self, f: Tensor) -> Tensor:
+        # f/2 + log(sinh(f/2) / (f/2)); the second term is even and, for large |f|, |f|/2 - log|f|
+        size = f.abs()
+        small = size < self._SMALL
+        safe = torch.where(small, 1.0, size)
+        square = torch.where(small, f, 0.0).square()
+        series = square * (1 / 24 - square * (1 / 2880 - square * (1 / 181440 - square * (1 / 9676800))))
+        return 0.5 * f + torch.where(small, series, 0.5 * safe + torch.log(-torch.expm1(-safe)) - safe.log())
+
+
+VARIANCES = ("fixed", "trained", "optimal")
+
+
 class Gaussian(Likelihood):
     """Independent coordinates ``N(f, scale^2)``: f is the mean, ``f / scale^2`` the natural parameter.
 
     Args:
-        scale: the fixed standard deviation sigma > 0, in units of the data.
+        scale: standard deviation sigma > 0 in units of the data, one for all coordinates; the first one if it moves.
+        variance: ``"fixed"``; ``"trained"``, a parameter; or ``"optimal"``: the mean squared error of reconstruction,
+            where the likelihood is largest (sigma-VAE; Rybkin, Daniilidis & Levine, ICML 2021), followed as a moving
+            average over training steps. At the optimum the loss has no slope along sigma, so it needs no gradient.
+
+    State: log_scale (1,) unless fixed, a parameter if trained.
 
     Raises:
-        ValueError, TypeError: scale is no finite number > 0.
+        ValueError, TypeError: naming the option.
     """
 
     data = "real values"
+    _MOMENTUM = 0.05
+    log_scale: Tensor
+    steps: Tensor
 
-    def __init__(self, scale: float = 1.0) -> None:
+    def __init__(self, scale: float = 1.0, variance: str = "fixed") -> None:
         super().__init__()
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             raise TypeError(f"scale: got {type(scale).__name__} {scale!r}, wanted a number > 0")
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale: got {scale!r}, wanted a finite number > 0")
-        self.scale = float(scale)
+        if variance not in VARIANCES:
+            raise unknown_name("variance", variance, VARIANCES)
+        self.variance, self._fixed = variance, float(scale)
+        log_scale = torch.full((1,), math.log(scale))
+        if variance == "trained":
+            self.log_scale = nn.Parameter(log_scale)
+        elif variance == "optimal":
+            self.register_buffer("log_scale", log_scale)
+            self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
+
+    @property
+    def scale(self) -> float | Tensor:
+        """sigma: a float if fixed, else a tensor (1,)."""
+        return self._fixed if self.variance == "fixed" else self.log_scale.exp()
+
+    @torch.no_grad()
+    def adapt(self, x: Tensor, f: Tensor, weights: Tensor | None) -> None:
+        if self.variance != "optimal":
+            return
+        square = (x - f).square().mean(-1)
+        if weights is not None:
+            square = (weights * square).sum(0)
+        rate = torch.where(self.steps == 0, 1.0, self._MOMENTUM).to(self.log_scale.dtype)
+        variance = torch.lerp((2 * self.log_scale).exp(), square.mean().to(self.log_scale.dtype), rate)
+        self.log_scale.copy_(0.5 * variance.log())
+        self.steps.add_(1)
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
         square = ((x - f) / self.scale).square().sum(-1)
-        return -0.5 * square - f.shape[-1] * (math.log(self.scale) + 0.5 * math.log(2 * math.pi))
+        log_scale = math.log(self._fixed) if self.variance == "fixed" else self.log_scale.squeeze(0)
+        return -0.5 * square - f.shape[-1] * (log_scale + 0.5 * math.log(2 * math.pi))
 
     def mean(self, f: Tensor) -> Tensor:
         return f
@@ -98,7 +188,53 @@ class Gaussian(Likelihood):
         return (x - f) / self.scale**2
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale:g}"
+        return f"scale={self._fixed:g}, variance={self.variance}"
 
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {"bernoulli": Bernoulli, "gaussian": Gaussian}
+class Categorical(Likelihood):
+    """Independent coordinates in 0 .. V - 1 with logits f, V for each: f (..., D V), one coordinate after the other.
+
+    A coordinate of -1 is absent: it has no probability and no score.
+
+    Args:
+        num_categories: V.
+    """
+
+    data = "int64 tokens, -1 for none"
+
+    def __init__(self, num_categories: int) -> None:
+        super().__init__()
+        self.parameters_per_value = check_positive("num_categories", num_categories)
+
+    def _logits(self, f: Tensor) -> Tensor:
+        return f.unflatten(-1, (-1, self.parameters_per_value))
+
+    def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
+        logits = self._logits(f)
+        index = x.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)
+        each = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
+        return torch.where(x >= 0, each, 0.0).sum(-1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        return self._logits(f).argmax(-1)
+
+    def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        probabilities = self._logits(f).softmax(-1)
+        drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+        return drawn.reshape(probabilities.shape[:-1])
+
+    def score(self, x: Tensor, f: Tensor) -> Tensor:
+        probabilities = self._logits(f).softmax(-1)
+        one_hot = F.one_hot(x.clamp(min=0), self.parameters_per_value).to(f.dtype)
+        return ((one_hot - probabilities) * (x >= 0).unsqueeze(-1)).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"num_categories={self.parameters_per_value}"
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "continuous_bernoulli": ContinuousBernoulli,
+    "gaussian": Gaussian,
+    "categorical": Categorical,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -14,38 +15,51 @@ from torch import Tensor, nn
 
 from .._extras import require
 from .._files import write_atomically
+from .._options import build
 from ..layers import check_positive
 from .config import VAEConfig
 from .decoders import DECODERS
-from .distributions import DiagonalGaussian, StandardNormal
-from .encoders import MLPEncoder
+from .distributions import PRIORS, Posterior
+from .encoders import ENCODERS
 from .likelihoods import LIKELIHOODS
+from .sequences import AutoregressiveDecoder
 
-_ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept
+_ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept ..
+_VALUES = 2**26  # .. and at most so many outputs of the decoder
 
 
 class VAEOutput(NamedTuple):
     """What one pass over a batch gives; all terms in nats.
 
-    loss (): mean over the data of ``reconstruction + kl_weight * kl``. reconstruction (...): ``-log p(x|z)``. kl (...):
-    ``KL(q(z|x) || p(z))``, kl_per_dimension (..., m) its parts. z, mean, log_variance (..., m): a sample of q(z|x) and
-    its parameters. f (..., D): the decoder's output at z.
+    loss (): mean over the data of ``reconstruction + kl_weight * kl``, with free bits if there are any.
+    reconstruction (...): ``-E_q(z|x) log p(x|z)``, of the samples z. kl (...): the KL term; kl_per_dimension (..., m)
+    its parts, to which a mixture adds the KL of the assignment. posterior: q(z|x). z: its sample (..., m), for a
+    mixture one of each component (K, ..., m); f (..., P) or (K, ..., P): the decoder's output at z.
     """
 
     loss: Tensor
     reconstruction: Tensor
     kl: Tensor
     kl_per_dimension: Tensor
+    posterior: Posterior
     z: Tensor
-    mean: Tensor
-    log_variance: Tensor
     f: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Of q(z|x): (..., m)."""
+        return self.posterior.mean
+
+    @property
+    def log_variance(self) -> Tensor:
+        """Of q(z|x): (..., m)."""
+        return self.posterior.log_variance
 
 
 class ImportanceSamples(NamedTuple):
     """Samples of q(z|x) with what turns them into samples of p(z|x).
 
-    z (S, ..., m); f (S, ..., D): the decoder's output; log_weights (S, ...): ``log p(x, z) - log q(z|x)``.
+    z (S, ..., m); f (S, ..., P): the decoder's output; log_weights (S, ...): ``log p(x, z) - log q(z|x)``.
     """
 
     z: Tensor
@@ -56,10 +70,16 @@ class ImportanceSamples(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder (Kingma & Welling, ICLR 2014) with the parts that ``config`` names.
 
-    Shapes: x (..., D), z (..., m), any leading shape. ``inference``, ``generative``, ``loss`` and ``forward`` are for
-    training; ``encode``, ``decode``, ``reconstruct``, ``sample`` and ``log_likelihood`` keep no graph.
+    Args:
+        config: the parts.
+        encoder: a module of your own, x (..., D) -> (..., P) with the P parameters of the approximate posterior that
+            the prior asks for (``model.prior.num_posterior_parameters``), or a posterior that it makes itself.
 
-    State: encoder, decoder, kl_weight (1,), a buffer to be filled in place by a schedule.
+    Shapes: x (..., D), z (..., m), any leading shape. ``inference``, ``generative``, ``loss`` and ``forward`` are for
+    training; ``encode``, ``decode``, ``reconstruct``, ``sample``, ``interpolate`` and ``log_likelihood`` keep no graph.
+    Under autocast encoder and decoder run in the low precision, likelihood and KL in float32.
+
+    State: prior, likelihood, encoder, decoder, kl_weight (1,), a buffer to be filled in place by a schedule.
 
     Raises:
         ValueError, TypeError: naming the field of the configuration.
@@ -67,40 +87,69 @@ class VAE(nn.Module):
 
     kl_weight: Tensor
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, encoder: nn.Module | None = None) -> None:
         super().__init__()
+        if encoder is not None:
+            config = replace(config, encoder="user")
         self.config = config
-        self.prior = StandardNormal(config.latent_dim)
-        self.likelihood = LIKELIHOODS[config.likelihood](**config.likelihood_options)
-        self.encoder = MLPEncoder(config.data_dim, config.encoder_hidden, config.latent_dim)
-        self.decoder = DECODERS[config.decoder](config)
+        self.prior = build("prior_options", PRIORS[config.prior], config.prior_options, config.latent_dim)
+        self.likelihood = build("likelihood_options", LIKELIHOODS[config.likelihood], config.likelihood_options)
+        if encoder is None:
+            encoder = ENCODERS[config.encoder](config, self.prior.num_posterior_parameters)
+        self.encoder = encoder
+        decoder, values = DECODERS[config.decoder], self.likelihood.parameters_per_value
+        self.decoder: nn.Module
+        if config.autoregressive_hidden is None:
+            self.decoder = decoder(config, config.latent_dim, config.data_dim * values)
+        else:
+            hidden = config.autoregressive_hidden
+            head = decoder(config, hidden + config.latent_dim, values)
+            self.decoder = AutoregressiveDecoder(head, config.latent_dim, values, config.token_embedding, hidden)
         self.register_buffer("kl_weight", torch.full((1,), config.kl_weight))
 
-    def inference(self, x: Tensor) -> DiagonalGaussian:
+    def inference(self, x: Tensor) -> Posterior:
         """The approximate posterior q(z|x)."""
         if x.dim() == 0 or x.shape[-1] != self.config.data_dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (..., {self.config.data_dim})")
-        return self.encoder(x)
+        encoded = self.encoder(x)
+        return self.prior.posterior(_wide(encoded)) if isinstance(encoded, Tensor) else encoded
 
-    def generative(self, z: Tensor) -> Tensor:
-        """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., D)."""
+    def generative(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., P).
+
+        x: the sequences (..., T) whose tokens an autoregressive decoder reads; other decoders do not ask for it.
+        """
         if z.dim() == 0 or z.shape[-1] != self.config.latent_dim:
             raise ValueError(f"z: got shape {tuple(z.shape)}, wanted (..., {self.config.latent_dim})")
-        return self.decoder(z)
+        if not isinstance(self.decoder, AutoregressiveDecoder):
+            return _wide(self.decoder(z))
+        if x is None:
+            raise ValueError("x: got None, wanted the sequences that an autoregressive decoder reads")
+        return _wide(self.decoder(z, x))
 
-    def loss(self, x: Tensor, posterior: DiagonalGaussian, z: Tensor, f: Tensor) -> VAEOutput:
-        """The negative ELBO of x, given q(z|x), a sample z of it and f(z)."""
-        kl_per_dimension = self.prior.kl(posterior)
-        kl = kl_per_dimension.sum(-1)
+    def loss(self, x: Tensor, posterior: Posterior, z: Tensor, f: Tensor, weights: Tensor | None = None) -> VAEOutput:
+        """The negative ELBO of x, given q(z|x), a sample z of it and f(z); with weights, of each of its components."""
+        if self.training:
+            self.likelihood.adapt(x, f.detach(), weights)
         reconstruction = -self.likelihood.log_prob(x, f)
-        loss = (reconstruction + self.kl_weight * kl).mean()
-        return VAEOutput(loss, reconstruction, kl, kl_per_dimension, z, *posterior, f)
+        if weights is not None:
+            reconstruction = (weights * reconstruction).sum(0)
+        kl_per_dimension, assignment = self.prior.kl(posterior), self.prior.assignment_kl(posterior)
+        kl = kl_per_dimension.sum(-1) if assignment is None else kl_per_dimension.sum(-1) + assignment
+        if self.config.free_bits == 0:
+            loss = (reconstruction + self.kl_weight * kl).mean()
+        else:
+            charged = kl_per_dimension.flatten(0, -2).mean(0).clamp(min=self.config.free_bits).sum()
+            if assignment is not None:
+                charged = charged + assignment.mean()
+            loss = reconstruction.mean() + self.kl_weight.squeeze(0) * charged
+        return VAEOutput(loss, reconstruction, kl, kl_per_dimension, posterior, z, f)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> VAEOutput:
         """One reparametrised sample of the negative ELBO and all that goes into it."""
         posterior = self.inference(x)
-        z = posterior.sample(generator=generator)
-        return self.loss(x, posterior, z, self.generative(z))
+        z, weights = posterior.sample_components(generator)
+        return self.loss(x, posterior, z, self.generative(z, x), weights)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -109,8 +158,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """The mean of p(x|z): (..., m) -> (..., D)."""
-        return self.likelihood.mean(self.generative(z))
+        """The mean of p(x|z), for sequences the likeliest token after token: (..., m) -> (..., D)."""
+        return self._data(z, None, noise=False)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x|z) at the mean of q(z|x): (..., D) -> (..., D)."""
@@ -118,9 +167,24 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, generator: torch.Generator | None = None, noise: bool = False) -> Tensor:
-        """Data (num_samples, D) from latents of the prior: the mean of p(x|z), or with ``noise`` a sample of it."""
-        weight = next(self.parameters())
+        """Data (num_samples, D) from latents of the prior: as :meth:`decode`, or with ``noise`` samples of p(x|z)."""
+        weight = next(self.decoder.parameters())
         z = self.prior.sample(num_samples, generator, dtype=weight.dtype, device=weight.device)
+        return self._data(z, generator, noise)
+
+    @torch.no_grad()
+    def interpolate(self, start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
+        """Data decoded on the line between the latents of start and end (..., D): (num_steps, ..., D), ends
+        included."""
+        if check_positive("num_steps", num_steps) < 2:
+            raise ValueError(f"num_steps: got {num_steps}, wanted at least 2, the ends")
+        first, last = self.encode(start), self.encode(end)
+        steps = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
+        return self.decode(torch.lerp(first, last, steps.view(-1, *[1] * first.dim())))
+
+    def _data(self, z: Tensor, generator: torch.Generator | None, noise: bool) -> Tensor:
+        if isinstance(self.decoder, AutoregressiveDecoder):
+            return self.decoder.generate(z, self.config.data_dim, generator, noise)
         f = self.generative(z)
         return self.likelihood.sample(f, generator) if noise else self.likelihood.mean(f)
 
@@ -131,7 +195,7 @@ class VAE(nn.Module):
         """``num_samples`` latents for each datum, from q(z|x), with their importance weights."""
         posterior = self.inference(x)
         z = posterior.sample(num_samples, generator)
-        f = self.generative(z)
+        f = self.generative(z, x)
         log_weights = self.likelihood.log_prob(x, f) + self.prior.log_prob(z) - posterior.log_prob(z)
         return ImportanceSamples(z, f, log_weights)
 
@@ -145,7 +209,8 @@ class VAE(nn.Module):
         """
         check_positive("num_importance_samples", num_importance_samples)
         rows = max(1, x.numel() // max(1, self.config.data_dim))
-        at_once = max(1, _ROWS // rows)
+        values = self.config.data_dim * self.likelihood.parameters_per_value
+        at_once = max(1, min(_ROWS, _VALUES // values) // rows)
         total: Tensor | None = None
         for done in range(0, num_importance_samples, at_once):
             part = self.importance_sample(x, min(at_once, num_importance_samples - done), generator)
@@ -166,8 +231,11 @@ class VAE(nn.Module):
         write_atomically(Path(directory) / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> VAE:
+    def from_pretrained(cls, directory: str | os.PathLike[str], encoder: nn.Module | None = None) -> VAE:
         """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtypes and in training mode.
+
+        Args:
+            encoder: a module like the one that was saved, if that was the user's own.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -180,10 +248,17 @@ class VAE(nn.Module):
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"directory: no {path.name} in {os.fspath(directory)!r}, wanted a saved model")
-        model = cls(VAEConfig.from_dict(json.loads(paths[0].read_text())))
+        model = cls(VAEConfig.from_dict(json.loads(paths[0].read_text())), encoder)
         state = safetensors.load(paths[1].read_bytes())
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if name in state:  # else load_state_dict names it
                 tensor.data = tensor.data.to(state[name].dtype)
         model.load_state_dict(state)
         return model
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Under autocast, in float32 at least: likelihood and KL are sums that a low precision would spoil."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,371 @@
+"""The command line ``ilvae-fast``: train, measure and show models without writing code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ._extras import require
+
+if TYPE_CHECKING:
+    import typer
+
+    from .training import TrainConfig
+else:
+    typer = require("typer", "train")
+
+app = typer.Typer(
+    help="Train and measure variational autoencoders whose decoder cannot ignore its latent.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[str | None, typer.Option("--data", help="digits, toy, pinwheel, mnist, fashion_mnist, omniglot, "
+    "synthetic_text, text:FILE or npz:FILE.")]  # fmt: skip
+DataRoot = Annotated[
+    str | None, typer.Option(help="Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
+]
+Model = Annotated[str | None, typer.Option("--model", help="vae, gmvae, svae; lidvae, lidmvae, lidsvae; il-lidvae, "
+    "il-lidmvae, il-lidsvae.")]  # fmt: skip
+Constant = Annotated[float | None, typer.Option("--L", help="Certified inverse-Lipschitz constant of the decoder.")]
+LatentDim = Annotated[int | None, typer.Option(help="Width of the latent space.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training data.")]
+BatchSize = Annotated[int | None, typer.Option(help="Data in a step, of each process.")]
+Rate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of Adam.")]
+Seed = Annotated[int | None, typer.Option(help="Of weights, batches and noise.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
+File = Annotated[Path | None, typer.Option("--config", help="YAML file of fields, such as another run's config.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field, a dot for "
+    "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
+    "end: 1, steps: 500}'.")]  # fmt: skip
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what is in the folder; else the run goes on.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+
+
+def _config(file: Path | None, assignments: Sequence[str] | None, cpu: bool = False, **fields: Any) -> TrainConfig:
+    from .training import TrainConfig
+
+    config = TrainConfig() if file is None else TrainConfig.from_yaml(file)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return replace(config, **given, cpu=cpu or config.cpu).updated(assignments or ())
+
+
+@app.command()
+def train(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    constant: Constant = None,
+    latent_dim: LatentDim = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: Rate = None,
+    seed: Seed = None,
+    cpu: Cpu = False,
+    output: Annotated[str | None, typer.Option(help="Folder of the run; else runs/DATA-MODEL-..")] = None,
+    config: File = None,
+    assignments: Set = None,
+    restart: Restart = False,
+) -> None:
+    """Train a model and measure it; an interrupted run goes on where it was.
+
+    `ilvae-fast train --data mnist --model il-lidvae --L 1.0 --epochs 2`
+
+    Two processes: `torchrun --nproc-per-node 2 -m ilvae_fast train ..`; several machines: the same with torchrun's
+    `--nnodes` and `--rdzv-endpoint`.
+    """
+    from .training import train as run
+
+    settings = _config(
+        config, assignments, cpu, data=data, data_root=data_root, model=model, L=constant, latent_dim=latent_dim,
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, output=output,
+    )  # fmt: skip
+    with _progress(str(settings.folder)) as progress:
+        measures = run(settings, progress, restart)
+    if _is_main():
+        _show([(settings.folder.name, measures)])
+        _console().print(f"in {settings.folder}", highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    data_root: DataRoot = None,
+    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.")] = 500,
+    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.")] = 32,
+    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Measure a trained model again, with more samples; writes RUN/eval.json."""
+    from ._files import write_atomically
+    from .training import evaluate as measure
+
+    _, model, dataset = _finished(run, data_root)
+    measures = measure(
+        model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
+        limit=limit or None, seed=seed,
+    )  # fmt: skip
+    write_atomically(run / "eval.json", json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    _show([(run.name, measures)])
+
+
+@app.command()
+def sample(
+    run: Run,
+    count: Annotated[int, typer.Option(help="How many.")] = 16,
+    noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    data_root: DataRoot = None,
+) -> None:
+    """Draw data from a trained model: text is printed, images and numbers go to RUN/samples.png or .npz."""
+    import numpy as np
+    import torch
+
+    from ._files import write_atomically
+
+    _, model, dataset = _finished(run, data_root)
+    x = model.eval().sample(count, torch.Generator().manual_seed(seed), noise)
+    if dataset.num_categories is not None:
+        for line in dataset.to_text(x):
+            print(line)
+        return
+    content = io.BytesIO()
+    if len(dataset.shape) == 2:
+        require("matplotlib", "train").use("Agg")
+        plt = require("matplotlib.pyplot", "train")
+        columns = min(count, 8)
+        rows = -(-count // columns)
+        height, width = dataset.shape
+        sheet = np.ones((rows * height, columns * width))
+        for k, image in enumerate(x.numpy()):
+            i, j = divmod(k, columns)
+            sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.reshape(height, width)
+        plt.imsave(content, sheet, cmap="gray", vmin=0, vmax=1, format="png")
+        path = run / "samples.png"
+    else:
+        np.savez(content, samples=x.numpy())
+        path = run / "samples.npz"
+    write_atomically(path, content.getvalue())
+    print(path)
+
+
+@app.command()
+def sweep(
+    output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
+    constants: Annotated[list[float] | None, typer.Option("--L", help="Constants of the grid; once for each.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each.")] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: Rate = None,
+    cpu: Cpu = False,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Train a grid of constants and seeds; what is finished is skipped. Writes sweep.csv and sweep.json.
+
+    `ilvae-fast sweep --data digits --model il-lidvae --L 0.5 --L 1 --seed 0 --seed 1 --output runs/sweep`
+    """
+    from .training import sweep as run
+
+    settings = _config(
+        config, assignments, cpu, data=data, data_root=data_root, model=model, latent_dim=latent_dim, epochs=epochs,
+        batch_size=batch_size, learning_rate=learning_rate,
+    )  # fmt: skip
+    with _progress("") as progress:
+        rows = run(settings, constants or [], seeds or [0], output, lambda c: progress.named(c.folder.name))
+    if _is_main():
+        _show([(f"L={row['L']} seed={row['seed']}", row) for row in rows])
+
+
+@app.command()
+def report(
+    what: Annotated[str, typer.Argument(help="toy, or a folder with runs in it.")],
+    results: Annotated[Path, typer.Option(help="Folder of the toy study's results.")] = Path("results/toy"),
+) -> None:
+    """Show finished runs in one table; `report toy` draws the figures of the toy study from its results."""
+    if what == "toy":
+        from .training.toy_report import draw
+
+        for path in draw(results):
+            print(path)
+        return
+    found = sorted(Path(what).glob("**/metrics.json"))
+    if not found:
+        raise FileNotFoundError(f"what: no metrics.json under {what!r}, wanted a folder with finished runs, or toy")
+    _show([(str(path.parent.relative_to(what)), json.loads(path.read_text())) for path in found])
+
+
+@app.command()
+def bench(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    batch_size: BatchSize = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of each backend.")] = 20,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Time a training step by the fused operators and by plain autograd, in turns."""
+    import torch
+
+    from . import use_backend
+    from .training import build_model, load_dataset
+
+    settings = _config(
+        config, assignments, data=data, data_root=data_root, model=model, latent_dim=latent_dim, batch_size=batch_size
+    )
+    dataset = load_dataset(settings)
+    torch.manual_seed(settings.seed)
+    trained = build_model(settings, dataset)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate)
+    x = dataset.train[: settings.batch_size]
+    seconds: dict[str, list[float]] = {"native": [], "reference": []}
+    for step in range(steps + 3):
+        for backend, measured in seconds.items():
+            with use_backend(backend):
+                start = time.perf_counter()
+                trained(x).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if step >= 3:
+                    measured.append(1e3 * (time.perf_counter() - start))
+    medians = {backend: statistics.median(measured) for backend, measured in seconds.items()}
+    for backend, median in medians.items():
+        print(f"{backend:<10} {median:8.2f} ms for a step of {len(x)} data, the median of {steps}")
+    print(f"{'ratio':<10} {medians['reference'] / medians['native']:8.2f}")
+
+
+@app.command()
+def info() -> None:
+    """What was built and what there is: versions, devices, models, data sets."""
+    import torch
+
+    from . import build_info
+    from .data import DATASETS
+    from .vae import CONFIGURATIONS
+
+    devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    for name, value in {
+        **build_info(),
+        "running torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "GPUs": ", ".join(devices) or "none",
+        "models": ", ".join(CONFIGURATIONS),
+        "data": ", ".join(DATASETS),
+    }.items():
+        print(f"{name:<20} {value}")
+
+
+def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
+    """Configuration, model and data of a run."""
+    from .training import TrainConfig, load_dataset
+    from .vae import VAE
+
+    if not (run / "model").is_dir() or not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"run: no finished run in {os.fspath(run)!r}, wanted a folder with config.yaml and model/"
+        )
+    config = TrainConfig.from_yaml(run / "config.yaml")
+    if data_root is not None:
+        config = replace(config, data_root=data_root)
+    return config, VAE.from_pretrained(run / "model"), load_dataset(config)
+
+
+_COLUMNS = (
+    ("NLL", "nll"), ("KL", "elbo_kl"), ("active", "active_units"), ("MI", "mutual_information"), ("Fisher", "fisher"),
+    ("bound", "fisher_lower_bound"), ("ESS", "fisher_effective_sample_size"), ("certified L", "certified"),
+    ("measured L", "measured"), ("clusters", "clustering_accuracy"),
+)  # fmt: skip
+
+
+def _show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    table_of = require("rich.table", "train").Table
+    table = table_of(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
+    table.add_column("run", overflow="fold")
+    shown = [(heading, key) for heading, key in _COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    for heading, _ in shown:
+        table.add_column(heading, justify="right")
+    for name, row in rows:
+        values = (row.get(key) for _, key in shown)
+        table.add_row(name, *("" if v is None else f"{v:.4g}" for v in values))
+    _console().print(table)
+
+
+def _console() -> Any:
+    console = require("rich.console", "train").Console()
+    return console if console.is_terminal else require("rich.console", "train").Console(width=140)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Bar:
+    """A bar that follows the steps of a run, or of one run after the other."""
+
+    def __init__(self, bars: Any, name: str) -> None:
+        self.bars, self.name, self.task = bars, name, None
+
+    def named(self, name: str) -> _Bar:
+        return _Bar(self.bars, name)
+
+    def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
+        if self.task is None:
+            self.task = self.bars.add_task(self.name, total=steps, note="")
+        note = {"note": f"loss {values['loss']:.2f}"} if values else {}
+        self.bars.update(self.task, completed=step, **note)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[_Bar]:
+    progress = require("rich.progress", "train")
+    columns = [
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+    ]
+    with progress.Progress(*columns, disable=not _is_main()) as bars:
+        yield _Bar(bars, name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: what the user can mend ends in one line and exit status 2, everything else in a traceback."""
+    # torch's own forward mode says it once
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    import torch
+
+    from .training.loop import Diverged
+
+    try:
+        app(args=arguments)
+    except (ValueError, TypeError, OSError, ImportError, Diverged) as error:
+        if os.environ.get("ILVAE_FAST_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

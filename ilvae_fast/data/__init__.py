@@ -1,0 +1,62 @@
+"""Data sets by name. To add one, write a function that returns a :class:`Dataset` and put it into ``DATASETS``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+from .._errors import unknown_name
+from .dataset import Dataset as Dataset
+from .files import npz as npz
+from .files import text as text
+from .images import digits as digits
+from .images import fashion_mnist as fashion_mnist
+from .images import mnist as mnist
+from .images import omniglot as omniglot
+from .synthetic import pinwheel as pinwheel
+from .synthetic import synthetic_text as synthetic_text
+from .synthetic import toy as toy
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "toy": toy,
+    "pinwheel": pinwheel,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "omniglot": omniglot,
+    "synthetic_text": synthetic_text,
+    "text:FILE": text,
+    "npz:FILE": npz,
+}
+
+
+def load(name: str, data_root: str | os.PathLike[str] | None = None, **options: Any) -> Dataset:
+    """The data set called ``name``: a key of ``DATASETS``, with a path in the place of FILE.
+
+    Args:
+        data_root: folder of the data sets that live in files; None: the environment variable ILVAE_FAST_DATA_ROOT,
+            else ``data``. The other data sets, and those named with a path, take no notice of it.
+        options: of the data set, such as ``sigma=7.5`` for ``toy``; see its function.
+
+    Raises:
+        ValueError: unknown name of a data set or option (the nearest one is named); a damaged file.
+        FileNotFoundError: what was looked for, where, and how to get it.
+        ImportError: a package that the data set needs is not installed; says how to install it.
+    """
+    kind, separator, path = name.partition(":")
+    key = f"{kind}:FILE" if separator else name
+    if key not in DATASETS or (separator and not path):
+        raise unknown_name("name", name, DATASETS)
+    build = DATASETS[key]
+    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {key}", option, known) if known else TypeError(f"{key} takes no {option!r}")
+    if separator:
+        return build(path, **options)
+    if "data_root" in inspect.signature(build).parameters:
+        root = data_root if data_root is not None else os.environ.get("ILVAE_FAST_DATA_ROOT", "data")
+        return build(root, **options)
+    return build(**options)

@@ -1,0 +1,48 @@
+"""What a data set is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dataset(NamedTuple):
+    """Data split into training and test part.
+
+    train, test: (N, D), float32 values, or int64 tokens where ``num_categories`` is set (-1: no token, for sequences
+    shorter than D). train_labels, test_labels: (N,) int64, or None. shape: of one datum before it was flattened to D
+    values, such as (height, width). num_categories: how many tokens there are. vocabulary: the tokens as people read
+    them, joined by ``separator``.
+    """
+
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None
+    test_labels: Tensor | None
+    shape: tuple[int, ...]
+    num_categories: int | None = None
+    vocabulary: tuple[str, ...] | None = None
+    separator: str = " "
+
+    def to_text(self, tokens: Tensor) -> list[str]:
+        """Sequences of tokens (n, D) as text, up to their first ``<eos>``; without a vocabulary as numbers."""
+        return [self.separator.join(self._words(row)) for row in tokens.tolist()]
+
+    def _words(self, row: list[int]) -> list[str]:
+        words: list[str] = []
+        for token in row:
+            if token < 0 or (words and words[-1] == "<eos>"):
+                break
+            words.append(str(token) if self.vocabulary is None else self.vocabulary[token])
+        return words
+
+
+def split(x: Tensor, labels: Tensor | None, fraction: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(train, test, train_labels, test_labels) of unsplit data: a random part, the same every time, is for tests."""
+    count = int(len(x) * fraction)
+    if not 0 < count < len(x):
+        raise ValueError(f"test_fraction: got {fraction} of {len(x)} data, wanted both parts to have at least one")
+    test, train = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tensor_split([count])
+    return x[train], x[test], None if labels is None else labels[train], None if labels is None else labels[test]

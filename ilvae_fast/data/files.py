@@ -1,0 +1,98 @@
+"""The user's own data: a text of one sentence a line, or arrays that NumPy saved."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from .._errors import unknown_name
+from ..layers import check_positive
+from .dataset import Dataset, split
+
+LEVELS = ("character", "word")
+
+
+def text(
+    path: str | os.PathLike[str],
+    *,
+    level: str = "character",
+    length: int = 40,
+    vocabulary_size: int = 1000,
+    test_fraction: float = 0.1,
+) -> Dataset:
+    """The lines of a UTF-8 file that are not empty, as sequences of tokens; -1 fills up those that are shorter.
+
+    Each ends with the token ``<eos>``, unless it was cut. A random part, the same every time, is the test part.
+
+    Args:
+        level: ``"character"``, or ``"word"``: what white space separates.
+        length: D; longer lines are cut.
+        vocabulary_size: at most so many tokens, the most frequent ones; the others become ``<unk>``.
+        test_fraction: of the lines.
+
+    Raises:
+        FileNotFoundError, ValueError: a missing file, one that is no UTF-8 or has no line; naming the option.
+    """
+    if level not in LEVELS:
+        raise unknown_name("level", level, LEVELS)
+    check_positive("length", length)
+    if check_positive("vocabulary_size", vocabulary_size) < 3:
+        raise ValueError(f"vocabulary_size: got {vocabulary_size}, wanted at least 3, two of which are <eos> and <unk>")
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
+    lines = [list(line) if level == "character" else line.split() for line in content.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: has no line that is not empty")
+    common = [token for token, _ in Counter(token for line in lines for token in line).most_common(vocabulary_size - 2)]
+    vocabulary = ("<eos>", "<unk>", *common)
+    number = {token: k for k, token in enumerate(vocabulary)}
+    x = torch.full((len(lines), length), -1)
+    for row, line in zip(x, lines, strict=True):
+        numbers = [*(number.get(token, 1) for token in line), 0][:length]
+        row[: len(numbers)] = torch.tensor(numbers)
+    separator = "" if level == "character" else " "
+    return Dataset(*split(x, None, test_fraction), (length,), len(vocabulary), vocabulary, separator)
+
+
+def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
+    """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
+
+    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32. Without ``x_test`` a random
+    part, the same every time, is the test part.
+
+    Raises:
+        FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test") if name in archive}
+            names = archive.files
+    except (BadZipFile, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: is no archive of arrays that numpy.savez wrote ({error})") from error
+    if "x_train" not in arrays:
+        raise ValueError(f"{path}: holds {', '.join(names) or 'nothing'}, wanted x_train")
+    for part in ("train", "test"):
+        x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
+        if y is not None and (x is None or y.shape != (len(x),)):
+            raise ValueError(f"{path}: y_{part} has shape {y.shape}, wanted one label for each datum of x_{part}")
+        if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "iuf"):
+            raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers (N, ...) as in x_train")
+
+    def values(name: str) -> torch.Tensor:
+        scale = 255 if arrays[name].dtype == np.uint8 else 1
+        return torch.from_numpy(arrays[name].reshape(len(arrays[name]), -1).astype(np.float32)).div_(scale)
+
+    def labels(name: str) -> torch.Tensor | None:
+        return torch.from_numpy(arrays[name].astype(np.int64)) if name in arrays else None
+
+    shape = arrays["x_train"].shape[1:]
+    if "x_test" not in arrays:
+        return Dataset(*split(values("x_train"), labels("y_train"), test_fraction), shape)
+    return Dataset(values("x_train"), values("x_test"), labels("y_train"), labels("y_test"), shape)

@@ -1,0 +1,224 @@
+"""What a run is: one flat set of fields that YAML holds, saved with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from .._errors import unknown_name
+from .._extras import require
+from ..annealing import as_schedule
+from ..data import Dataset
+from ..layers import check_positive
+from ..vae import CONFIGURATIONS, VAE, VAEConfig
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a run.
+
+    Args:
+        data: name of the data set (:func:`ilvae_fast.data.load`); data_root: folder of those in files; data_options:
+            options of the data set, such as ``{sigma: 7.5}``.
+        model: a key of ``ilvae_fast.vae.CONFIGURATIONS``; latent_dim: m; model_options: fields of
+            :class:`ilvae_fast.vae.VAEConfig` to set besides or instead, such as ``{likelihood: gaussian}``.
+        L: certified inverse-Lipschitz constant of a Brenier decoder, split evenly over its two maps; None: the model's.
+        annealing: schedules by name, ``L1``, ``L2`` and ``kl_weight`` (:class:`ilvae_fast.annealing.Annealer`).
+        epochs, batch_size: of training; the batch of each process. What does not fill a batch waits for another epoch.
+        accumulation: micro-batches that a batch is cut into, to save memory.
+        learning_rate, warmup_steps, max_grad_norm: of Adam: its rate, reached on a line; gradients longer than the norm
+            are scaled down to it (None: never).
+        precision: ``no`` (float32), ``bf16`` or ``fp16``, of matrix products.
+        seed: of weights, batches and noise.
+        checkpoint_every, log_every: in steps.
+        loss_limit: nats for a datum above which, or if it is no number, training stops.
+        num_importance_samples, fisher_samples, eval_limit: of the final measures: samples for likelihood and for
+            divergence, and how many of the test data to measure on (None: all; the divergence takes a tenth of them).
+        cpu: stay on the CPU, whatever else there is.
+        output: folder of the run; None: ``runs/<data>-<model>-L<L>-seed<seed>``.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+
+    data: str = "digits"
+    data_root: str | None = None
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "il-lidvae"
+    latent_dim: int = 10
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    L: float | None = None
+    annealing: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 10
+    batch_size: int = 128
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    precision: str = "no"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 50
+    loss_limit: float = 1e9
+    num_importance_samples: int = 100
+    fisher_samples: int = 16
+    eval_limit: int | None = 1000
+    cpu: bool = False
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model not in CONFIGURATIONS:
+            raise unknown_name("model", self.model, CONFIGURATIONS)
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        counts = ("latent_dim", "epochs", "batch_size", "accumulation", "checkpoint_every", "log_every")
+        for name in (*counts, "num_importance_samples", "fisher_samples"):
+            check_positive(name, getattr(self, name))
+        if self.eval_limit is not None:
+            check_positive("eval_limit", self.eval_limit)
+        for name in ("learning_rate", "loss_limit", "max_grad_norm"):
+            _check_number(name, getattr(self, name), least=0, equal=False)
+        for name in ("L", "warmup_steps", "seed"):
+            _check_number(name, getattr(self, name), least=0, equal=True)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation: got {self.accumulation}, wanted a divisor of batch_size, {self.batch_size}"
+            )
+        known = {f.name for f in dataclasses.fields(VAEConfig)}
+        for name in self.model_options:
+            if name not in known:
+                raise unknown_name("model_options", name, known)
+        for schedule in self.annealing.values():
+            as_schedule(schedule)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        if self.output is not None:
+            return Path(self.output)
+        name = self.data.replace(":", "-").replace(os.sep, "-")
+        constant = "" if self.L is None else f"-L{self.L:g}"
+        return Path("runs") / f"{name}-{self.model}{constant}-seed{self.seed}"
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
+        """From plain values.
+
+        Raises:
+            ValueError: unknown name of a field, with the nearest one.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise unknown_name("field", name, known)
+        return cls(**fields)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """What :meth:`to_yaml` wrote, or a part of it; absent fields take their defaults.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no mapping of names to values, or an unknown one.
+        """
+        fields = require("yaml", "train").safe_load(Path(path).read_text())
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{os.fspath(path)}: got {type(fields).__name__}, wanted fields with their values")
+        return cls.from_dict(fields)
+
+    def to_yaml(self) -> str:
+        """All fields."""
+        return require("yaml", "train").safe_dump(self.to_dict(), sort_keys=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def updated(self, assignments: Sequence[str]) -> TrainConfig:
+        """With fields set as by ``["epochs=3", "model_options.likelihood=gaussian"]``; values are YAML.
+
+        Raises:
+            ValueError: no assignment, or an unknown field, with the nearest one.
+        """
+        fields, yaml = self.to_dict(), require("yaml", "train")
+        for assignment in assignments:
+            name, separator, value = assignment.partition("=")
+            if not separator:
+                raise ValueError(f"set: got {assignment!r}, wanted FIELD=VALUE")
+            *path, last = name.split(".")
+            inside = fields
+            for depth, part in enumerate(path):
+                if depth == 0 and part not in fields:
+                    raise unknown_name("field", part, fields)
+                inside = inside.setdefault(part, {})
+                if not isinstance(inside, dict):
+                    raise ValueError(f"set: got {assignment!r}, but {part} has no fields of its own")
+            inside[last] = yaml.safe_load(value)
+        return TrainConfig.from_dict(fields)
+
+
+def _check_number(name: str, value: Any, *, least: float, equal: bool) -> None:
+    if value is None:
+        return
+    wanted = f"a finite number {'>=' if equal else '>'} {least:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, wanted {wanted}{hint}")
+    if not math.isfinite(value) or value < least or (value == least and not equal):
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
+    """The fields in which two configurations differ, in words."""
+    names = [name for name in new if name not in ignored and old.get(name) != new[name]]
+    return [f"{name} was {old.get(name)!r}, is {new[name]!r}" for name in names]
+
+
+def load_dataset(config: TrainConfig) -> Dataset:
+    """The data of a run."""
+    return data.load(config.data, config.data_root, **config.data_options)
+
+
+def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
+    """The model of a run, sized for its data.
+
+    Unless ``model_options`` say otherwise tokens are categorical, images Bernoulli and other numbers Gaussian.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+    fields: dict[str, Any] = {"data_dim": dataset.train.shape[1], "latent_dim": config.latent_dim}
+    autoregressive = "autoregressive_hidden" in CONFIGURATIONS[config.model]
+    if autoregressive != (dataset.num_categories is not None):
+        kind = "sequences of tokens" if autoregressive else "numbers"
+        family = [
+            name for name in CONFIGURATIONS if ("autoregressive_hidden" in CONFIGURATIONS[name]) != autoregressive
+        ]
+        nearest = difflib.get_close_matches(config.model, family, n=1, cutoff=0.0)[0]
+        raise ValueError(f"model: got {config.model!r}, which models {kind}; for {config.data} try {nearest!r}")
+    if dataset.num_categories is not None:
+        fields["likelihood_options"] = {"num_categories": dataset.num_categories}
+    else:
+        fields["likelihood"] = "bernoulli" if len(dataset.shape) > 1 else "gaussian"
+        if len(dataset.shape) in (2, 3):
+            fields["data_shape"] = dataset.shape
+    if config.L is not None:
+        if CONFIGURATIONS[config.model]["decoder"] != "brenier":
+            raise ValueError(f"L: got {config.L} for {config.model!r}, whose decoder has no such constant")
+        fields["inverse_lipschitz"] = math.sqrt(config.L)
+    return VAE(VAEConfig.named(config.model, **{**fields, **config.model_options}))

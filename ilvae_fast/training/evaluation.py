@@ -1,0 +1,100 @@
+"""All measures of a trained model in one call."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..data import Dataset
+from ..metrics import Reduce
+from ..vae import VAE, GaussianMixturePosterior
+
+_INFORMATION = 2000  # data for the mutual information, whose cost is their square
+_JACOBIANS = 200  # latents where the smallest singular value is looked for
+
+
+@torch.no_grad()
+def evaluate(
+    model: VAE,
+    dataset: Dataset,
+    *,
+    num_importance_samples: int = 100,
+    fisher_samples: int = 16,
+    limit: int | None = 1000,
+    seed: int = 0,
+    process: int = 0,
+    num_processes: int = 1,
+    reduce: Reduce = None,
+) -> dict[str, Any]:
+    """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none.
+
+    Divergence and constants are computed in float64, for singular values close to a certified constant are at stake,
+    everything else in the model's dtype. Of several processes each takes its part of the data.
+
+    Args:
+        num_importance_samples, fisher_samples: for each datum.
+        limit: how many of the test data (from the first on) to measure on, a tenth of them for the divergence.
+        seed: of all samples.
+        process, num_processes, reduce: for several processes, as in :mod:`ilvae_fast.metrics`.
+
+    Returns:
+        nll, elbo_kl, kl_per_dimension, active_units, latent_variances, epsilon_collapse (by epsilon),
+        mutual_information, fisher, fisher_lower_bound, fisher_projected_residual, fisher_effective_sample_size,
+        certified, measured; for a mixture clustering_accuracy, if the data have labels.
+    """
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).eval()
+    generator = torch.Generator(device).manual_seed(seed + process)
+    x = dataset.test[:limit].to(device)
+    x = x.to(next(model.parameters()).dtype) if x.is_floating_point() else x
+    labels = None if dataset.test_labels is None else dataset.test_labels[:limit]
+    mine = slice(process, None, num_processes)
+    own, few = x[mine], x[: max(num_processes, len(x) // 10)][mine]
+
+    nll = metrics.negative_log_likelihood(
+        model, own, num_importance_samples, batch_size=64, generator=generator, reduce=reduce
+    )
+    kl = metrics.kl_divergence(model, own, reduce=reduce)
+    active = metrics.active_units(model, own, reduce=reduce)
+    collapse = metrics.epsilon_collapse(model, own, reduce=reduce)
+    # what follows needs all data at once: every process computes the same
+    common = torch.Generator(device).manual_seed(seed)
+    information = metrics.mutual_information(model, x[:_INFORMATION], generator=common)
+    clusters = _clusters(model, x) if model.config.prior == "gaussian_mixture" else None
+
+    model = model.double()
+    x, few = (t.double() if t.is_floating_point() else t for t in (x, few))
+    width = model.config.data_dim * model.likelihood.parameters_per_value
+    batch = max(1, 2**22 // (fisher_samples * width * model.config.latent_dim))
+    fisher = metrics.relative_fisher(model, few, fisher_samples, batch_size=batch, generator=generator, reduce=reduce)
+    z = model.inference(x[:_JACOBIANS]).sample(generator=common)
+    constant = metrics.inverse_lipschitz(metrics.decoder_given(model.decoder, x[0]), z, batch_size=16)
+    result = {
+        "nll": nll,
+        "elbo_kl": kl.total,
+        "kl_per_dimension": kl.per_dimension.tolist(),
+        "active_units": active.active,
+        "latent_variances": active.variances.tolist(),
+        "epsilon_collapse": dict(zip(map(str, collapse.epsilons), collapse.collapsed.tolist(), strict=True)),
+        "mutual_information": information,
+        "fisher": fisher.divergence,
+        "fisher_lower_bound": fisher.lower_bound,
+        "fisher_projected_residual": fisher.projected_residual,
+        "fisher_effective_sample_size": fisher.effective_sample_size,
+        "certified": constant.certified,
+        "measured": constant.measured,
+    }
+    if labels is not None and clusters is not None:
+        result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in result.items()}
+
+
+def _clusters(model: VAE, x: Tensor) -> Tensor:
+    posterior = model.inference(x)
+    assert isinstance(posterior, GaussianMixturePosterior)
+    return posterior.logits.argmax(-1).cpu()

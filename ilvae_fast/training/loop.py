@@ -1,0 +1,242 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extras import require
+from .._files import write_atomically
+from ..annealing import Annealer
+from ..vae import VAE, VAEConfig, VAEOutput
+from . import state
+from .config import TrainConfig, build_model, differences, load_dataset
+from .evaluation import evaluate
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+_NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every")  # fields that change no result
+
+
+class Diverged(RuntimeError):
+    """The loss is no number, or above the limit; the message says where, and where the state to reproduce it is."""
+
+
+def train(config: TrainConfig, progress: Progress | None = None, restart: bool = False) -> dict[str, Any]:
+    """Train the model of ``config`` and measure it; a run that was interrupted goes on where its last checkpoint is.
+
+    On the CPU a run that was killed ends with the same numbers, bit for bit, as one that was not. Under ``torchrun`` or
+    ``accelerate launch`` all processes call this.
+
+    Args:
+        progress: called after each step with the number of steps done, that of all, and at times the latest values.
+        restart: forget what is in the run's folder.
+
+    Returns:
+        The measures (:func:`~.evaluation.evaluate`), as in the run's ``metrics.json``.
+
+    Files of the run, all written by the first process: config.yaml, checkpoints/, history.json (the means of each
+    epoch), tensorboard/, and at its end model/ (for ``VAE.from_pretrained``) and metrics.json.
+
+    Raises:
+        Diverged: training went wrong.
+        ValueError: naming the field; a folder with another run in it.
+        ImportError: accelerate or tensorboard is not installed; says how to install it.
+    """
+    accelerate = require("accelerate", "train")
+    require("tensorboard", "train")
+    folder = config.folder
+    accelerator = accelerate.Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulation,
+        step_scheduler_with_optimizer=False,
+        log_with="tensorboard",
+        project_dir=os.fspath(folder),
+    )
+    if accelerator.distributed_type.value == "FSDP":
+        raise ValueError("FSDP: is not for this loop, which measures whole models; shard(model) in a loop of your own")
+    if accelerator.is_main_process:
+        with _locked(folder):
+            if restart:
+                _clear(folder)
+            return _train(accelerator, config, folder, progress)
+    return _train(accelerator, config, folder, progress)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One run in a folder at a time; the lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output: another process is training in {folder}") from None
+        yield
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progress | None) -> dict[str, Any]:
+    accelerator.wait_for_everyone()
+    _check_folder(config, folder)
+    finished = folder / "metrics.json"
+    if finished.is_file():
+        return json.loads(finished.read_text())
+
+    # the same weights in all processes, then noise of their own
+    dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
+    set_seed(config.seed)
+    plain = build_model(config, dataset)
+    set_seed(config.seed, device_specific=True)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
+    annealer, position = Annealer(plain, config.annealing), state.Position()
+    workers = (accelerator.process_index, accelerator.num_processes)
+    batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers)
+    model, optimizer, warmup = accelerator.prepare(plain, optimizer, warmup)
+    accelerator.register_for_checkpointing(annealer, position)
+
+    if accelerator.is_main_process:
+        write_atomically(folder / "config.yaml", config.to_yaml())
+    accelerator.init_trackers("tensorboard")
+    checkpoints = folder / "checkpoints"
+    newest = state.latest(checkpoints)
+    accelerator.wait_for_everyone()
+    if newest is not None:
+        accelerator.load_state(os.fspath(newest))
+
+    steps = config.epochs * batches.steps
+    while position.epoch < config.epochs:
+        for x in batches.epoch(position.epoch, position.step_in_epoch):
+            values = _step(accelerator, model, optimizer, x.to(accelerator.device), config, position.step)
+            warmup.step()
+            annealer.step()
+            position.add(values)
+            if position.step_in_epoch == batches.steps:
+                means = accelerator.reduce(position.sums, "mean") / batches.steps
+                position.finish_epoch(means.cpu())
+                if accelerator.is_main_process:
+                    write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
+            latest: dict[str, float] = {}
+            if position.step % config.log_every == 0:
+                latest = dict(zip(("loss", "reconstruction", "kl"), values.tolist(), strict=True))
+                logged = {f"train/{k}": v for k, v in latest.items()} | {
+                    f"schedule/{k}": v for k, v in annealer.values().items()
+                }
+                accelerator.log(logged, step=position.step)
+            if position.step % config.checkpoint_every == 0 or position.step == steps:
+                state.save(accelerator, checkpoints, position.step)
+            if progress is not None:
+                progress(position.step, steps, latest)
+
+    measures = evaluate(
+        plain, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
+        limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
+        reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
+    )  # fmt: skip
+    measures["train_loss"] = position.history[-1]["loss"]
+    accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)
+    for tracker in accelerator.trackers:
+        tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
+    if accelerator.is_main_process:
+        plain.save_pretrained(folder / "model")
+        write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    accelerator.wait_for_everyone()
+    return measures
+
+
+def _step(accelerator: Any, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int) -> Tensor:
+    """One step of Adam; (loss, reconstruction, KL) of the batch."""
+    rng = _rng_state(accelerator.device)
+    parts = []
+    for part in x.chunk(config.accumulation):
+        with accelerator.accumulate(model):
+            output: VAEOutput = model(part)
+            accelerator.backward(output.loss)
+            parts.append(torch.stack([output.loss, output.reconstruction.mean(), output.kl.mean()]).detach())
+            if accelerator.sync_gradients and config.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            if accelerator.sync_gradients:
+                _check_loss(accelerator, model, optimizer, x, torch.stack(parts)[:, 0], rng, config, step)
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.stack(parts).mean(0)
+
+
+def _check_loss(
+    accelerator: Any, model: Any, optimizer: Any, x: Tensor, losses: Tensor, rng: dict[str, Tensor],
+    config: TrainConfig, step: int,
+) -> None:  # fmt: skip
+    """Stop before a step that would spoil the weights; all processes agree on it."""
+    bad = (~(losses.abs() <= config.loss_limit)).any()
+    if not bool(accelerator.reduce(bad.float(), "sum") > 0):
+        return
+    plain = accelerator.unwrap_model(model)
+    norms = {n: p.grad.norm().item() for n, p in plain.named_parameters() if p.grad is not None}
+    largest = max(norms, key=lambda n: math.inf if math.isnan(norms[n]) else norms[n])
+    target = config.folder / "diverged" / f"process{accelerator.process_index}.pt"
+    if bool(bad):
+        content = io.BytesIO()
+        saved = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "x": x, "rng": rng, "step": step}
+        torch.save({**saved, "config": plain.config.to_dict(), "accumulation": config.accumulation}, content)
+        write_atomically(target, content.getvalue())
+        where = f"the state before it is in {target} (ilvae_fast.training.reproduce)"
+    else:
+        where = "another process saved the state before it"
+    raise Diverged(
+        f"step {step}: the loss is {losses.max().item():g} nats for a datum (limit {config.loss_limit:g}); the largest "
+        f"gradient is that of {largest}, of norm {norms[largest]:g}; {where}"
+    )
+
+
+def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
+    """The model before the step that went wrong, and what that step gave, from the file that :class:`Diverged` names.
+
+    One output for each micro-batch, on the kind of device where it happened, if there is one;
+    ``output.loss.backward()`` shows the gradients.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = VAE(VAEConfig.from_dict(saved["config"]))
+    model.load_state_dict(saved["model"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    device = torch.device("cuda" if "cuda" in saved["rng"] and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+    model = model.to(device)
+    return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _check_folder(config: TrainConfig, folder: Path) -> None:
+    path = folder / "config.yaml"
+    if path.is_file():
+        old = TrainConfig.from_yaml(path).to_dict()
+        if changed := differences(old, config.to_dict(), _NOT_OF_THE_RUN):
+            raise ValueError(
+                f"output: {folder} holds another run: {'; '.join(changed)}. Choose another folder or --restart this"
+            )

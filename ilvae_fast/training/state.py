@@ -1,0 +1,108 @@
+"""What a checkpoint holds, and how it is written: a folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT = 2  # checkpoints that stay
+
+
+class Position:
+    """Where training stands: finished epochs, steps done in the current one and in all, and what the epochs lost.
+
+    Sums of the current epoch are tensors, so that nothing waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = self.step_in_epoch = self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.sums: Tensor | None = None  # of loss, reconstruction and KL over the current epoch, float64
+
+    def add(self, values: Tensor) -> None:
+        """Count a step with these means over its batch."""
+        values = values.detach().double()
+        self.sums = values if self.sums is None else self.sums.to(values.device) + values
+        self.step_in_epoch += 1
+        self.step += 1
+
+    def finish_epoch(self, means: Tensor) -> None:
+        """Start the next epoch."""
+        self.history.append(dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)))
+        self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "sums": None if self.sums is None else self.sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Batches:
+    """Batches of an epoch for one of several processes, drawn from a seed and the epoch alone.
+
+    The data are permuted anew in each epoch; batch i of all processes together is the i-th run of
+    ``batch_size * num_processes`` of them, of which each process takes its part. What does not fill it is left out.
+    """
+
+    def __init__(self, x: Tensor, batch_size: int, seed: int, process: int = 0, num_processes: int = 1) -> None:
+        self.x, self.batch_size, self.seed = x, batch_size, seed
+        self.process, self.num_processes = process, num_processes
+        self.steps = len(x) // (batch_size * num_processes)
+        if self.steps == 0:
+            raise ValueError(
+                f"batch_size: got {batch_size} in each of {num_processes} processes, wanted at most {len(x)}, the data"
+            )
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
+        """The batches of epoch ``number`` from step ``start`` on."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.x), generator=generator)
+        for step in range(start, self.steps):
+            first = (step * self.num_processes + self.process) * self.batch_size
+            yield self.x[order[first : first + self.batch_size]]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder``."""
+    found = sorted(folder.glob("step-*"))
+    return found[-1] if found else None
+
+
+def save(accelerator: Any, folder: Path, step: int) -> None:
+    """Write all that ``accelerator`` knows to ``folder/step-..``; called by all processes, which wait for each other.
+
+    The files are complete, and on the disk, before the folder has its name; older checkpoints go when it has.
+    """
+    target, partial = folder / f"step-{step:09d}", folder / f".partial-{step:09d}"
+    if accelerator.is_main_process:
+        for leftover in (*folder.glob(".partial-*"), *folder.glob(".old-*")):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(os.fspath(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        os.replace(partial, target)
+        _sync(folder)
+        for old in sorted(folder.glob("step-*"))[:-KEPT]:
+            hidden = folder / f".old-{old.name}"  # never half of one under its own name
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
+    accelerator.wait_for_everyone()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

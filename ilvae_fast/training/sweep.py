@@ -1,0 +1,60 @@
+"""Grids of runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .._files import write_atomically
+from ..vae import CONFIGURATIONS
+from .config import TrainConfig
+from .loop import Progress, train
+
+
+def sweep(
+    config: TrainConfig,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    on_run: Callable[[TrainConfig], Progress | None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``config`` for every L and seed; what is finished is skipped, what was interrupted goes on.
+
+    Args:
+        constants: certified constants L; models without one take an empty sequence.
+        folder: of the sweep, with one folder for each run and a table ``sweep.csv`` of all.
+        on_run: called before each run; what it returns is that run's progress.
+
+    Returns:
+        One row for each run: L, seed and the measures that are single numbers.
+
+    Raises:
+        ValueError: constants for a model that has none, or none for one that has.
+    """
+    if CONFIGURATIONS[config.model]["decoder"] == "brenier" and not constants:
+        raise ValueError(f"L: got none, wanted at least one for {config.model!r}")
+    rows: list[dict[str, Any]] = []
+    grid: list[float | None] = [*constants] if constants else [None]
+    for constant in grid:
+        for seed in seeds:
+            name = f"seed{seed}" if constant is None else f"L{constant:g}-seed{seed}"
+            run = replace(config, L=constant, seed=seed, output=str(folder / name))
+            measures = train(run, None if on_run is None else on_run(run))
+            single = {k: v for k, v in measures.items() if not isinstance(v, dict | list)}
+            rows.append({"model": config.model, "L": constant, "seed": seed, **single})
+            _write(rows, folder)
+    return rows
+
+
+def _write(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "sweep.csv", text.getvalue())
+    write_atomically(folder / "sweep.json", json.dumps(list(rows), indent=2) + "\n")

@@ -1,0 +1,102 @@
+"""The command line, from its words to the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ilvae_fast import cli
+
+SMALL = [
+    "--data", "toy", "--latent-dim", "2", "--epochs", "1", "--batch-size", "50", "--cpu",
+    "--set", "data_options.num_train=200", "--set", "data_options.num_test=40", "--set", "num_importance_samples=2",
+    "--set", "fisher_samples=2", "--set", "model_options.decoder_hidden=[[4],[5]]",
+]  # fmt: skip
+
+
+def run(capsys, *arguments: str, status: int = 0) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert (caught.value.code or 0) == status, captured.err
+    return captured.err if status else captured.out
+
+
+def test_train_eval_sample_report(tmp_path, capsys):
+    folder = tmp_path / "runs" / "one"
+    printed = run(capsys, "train", *SMALL, "--model", "il-lidvae", "--L", "0.5", "--output", str(folder))
+    assert "one" in printed
+    assert "certified" in printed
+    printed = run(capsys, "eval", str(folder), "--importance-samples", "3", "--fisher-samples", "3", "--limit", "0")
+    assert "NLL" in printed
+    assert json.loads((folder / "eval.json").read_text())["certified"] == pytest.approx(0.5)
+    run(capsys, "sample", str(folder), "--count", "3", "--noise")
+    assert (folder / "samples.npz").is_file()
+    assert "one" in run(capsys, "report", str(tmp_path / "runs"))
+    config = str(folder / "config.yaml")
+    again = run(capsys, "train", "--config", config, "--set", "epochs=1")
+    assert "0.5" in again  # done already
+
+
+def test_sweep(tmp_path, capsys):
+    grid = ["--L", "0.5", "--L", "1", "--seed", "3", "--output", str(tmp_path)]
+    printed = run(capsys, "sweep", *SMALL, "--model", "lidvae", *grid)
+    assert "L=1.0 seed=3" in printed
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 2
+
+
+def test_images_and_text_are_shown(tmp_path, capsys):
+    quick = ["--epochs", "1", "--cpu", "--set", "num_importance_samples=2", "--set", "fisher_samples=2"]
+    few = [*quick, "--set", "eval_limit=20", "--output"]
+    run(capsys, "train", "--data", "digits", "--model", "vae", *few, str(tmp_path / "image"))
+    run(capsys, "sample", str(tmp_path / "image"), "--count", "9")
+    assert (tmp_path / "image" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "poem.txt").write_text("abc\ncab\n" * 60)
+    text = ["--data", f"text:{tmp_path / 'poem.txt'}", "--batch-size", "54", "--model", "svae", "--latent-dim", "1"]
+    run(capsys, "train", *text, *few, str(tmp_path / "text"), "--set", "data_options.length=4")
+    lines = run(capsys, "sample", str(tmp_path / "text"), "--count", "3", "--noise").splitlines()
+    assert len(lines) == 3
+
+
+def test_info_and_bench(capsys):
+    assert "il-lidmvae" in run(capsys, "info")
+    assert "native" in run(capsys, "bench", "--batch-size", "8", "--steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "il-lidva"], r"error: model: got 'il-lidva'"),
+        (["train", "--set", "epoch=1"], "nearest: 'epochs'"),
+        (["train", "--data", "mnist", "--data-root", "nowhere"], "looked in nowhere/mnist"),
+        (["eval", "nowhere"], "run: no finished run in 'nowhere'"),
+        (["report", "nowhere"], "what: no metrics.json under 'nowhere'"),
+        (["report", "toy", "--results", "nowhere"], "results: no runs.csv in nowhere"),
+        (["sample", "nowhere"], "run: no finished run"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    printed = run(capsys, *arguments, status=2)
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "sample", "sweep", "report", "bench", "info"])
+def test_help_of_each_command_says_what_it_does(capsys, command):
+    assert "Usage" in run(capsys, command, "--help")
+
+
+@pytest.mark.slow
+def test_the_module_is_a_command(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ilvae_fast", "train", *SMALL, "--L", "0.5", "--output", str(tmp_path / "run")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "metrics.json").is_file()

@@ -1,0 +1,334 @@
+"""Runs: their configuration, the loop, checkpoints, resuming after SIGKILL, and what happens when training diverges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from ilvae_fast.data import load
+from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
+from ilvae_fast.training.state import Batches, Position, latest
+from ilvae_fast.vae import CONFIGURATIONS, VAE, DiagonalGaussian
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "data": "toy",
+    "data_options": {"num_train": 300, "num_test": 60},
+    "latent_dim": 2,
+    "epochs": 2,
+    "batch_size": 50,
+    "cpu": True,
+    "num_importance_samples": 3,
+    "fisher_samples": 3,
+}
+OPTIONS = {"encoder_hidden": [6], "decoder_hidden": [[5], [6]]}
+
+
+def small(folder: Path, **fields) -> TrainConfig:
+    return TrainConfig.from_dict({**SMALL, "model_options": OPTIONS, "output": str(folder), **fields})
+
+
+# configuration
+
+
+def test_a_configuration_survives_yaml(tmp_path):
+    config = small(tmp_path, L=0.5, annealing={"L1": {"kind": "linear", "start": 2.0, "end": 1.0, "steps": 5}})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_fields_are_set_by_name(tmp_path):
+    config = small(tmp_path).updated(
+        [
+            "epochs=7",
+            "L=0.25",
+            "data_options.sigma=3.5",
+            "annealing.kl_weight={kind: cyclical, start: 0, end: 1, period: 9}",
+        ]
+    )
+    assert (config.epochs, config.L, config.data_options["sigma"]) == (7, 0.25, 3.5)
+    assert config.data_options["num_train"] == 300
+    assert config.annealing == {"kl_weight": {"kind": "cyclical", "start": 0, "end": 1, "period": 9}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epoch=3", r"field: got 'epoch'.*nearest: 'epochs'"),
+        ("epochs", "set: got 'epochs', wanted FIELD=VALUE"),
+        ("epochs.x=3", "epochs has no fields"),
+        ("model_options.latent_dims=3", r"model_options: got 'latent_dims'.*nearest: 'latent_dim'"),
+        ("model=il_lidvae", r"model: got 'il_lidvae'.*nearest: 'il-lidvae'"),
+        ("precision=fp8", "precision: got 'fp8'"),
+        ("annealing.L1={kind: liner}", r"kind: got 'liner'.*nearest: 'linear'"),
+        ("L=-1", "L: got -1, wanted a finite number >= 0"),
+        ("batch_size=0", "batch_size: got 0"),
+        ("accumulation=3", "accumulation: got 3, wanted a divisor of batch_size, 50"),
+    ],
+)
+def test_bad_fields_are_refused(tmp_path, assignment, message):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path).updated([assignment])
+
+
+def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
+    with pytest.raises(TypeError, match=r"learning_rate: got str '1e-3'.*1\.0e-3"):
+        small(tmp_path).updated(["learning_rate=1e-3"])
+
+
+def test_models_are_sized_for_their_data(tmp_path):
+    digits, text = load("digits"), load("synthetic_text", num_sentences=20, vocabulary_size=150)
+    for name in CONFIGURATIONS:
+        sequence = "autoregressive_hidden" in CONFIGURATIONS[name]
+        config = TrainConfig(data="synthetic_text" if sequence else "digits", model=name, latent_dim=3)
+        dataset = text if sequence else digits
+        model = build_model(config, dataset)
+        assert model(dataset.train[:2]).loss.isfinite()
+        assert model.config.likelihood == ("categorical" if sequence else "bernoulli")
+    constant = build_model(TrainConfig(model="il-lidvae", L=0.25), digits).decoder.inverse_lipschitz_bound()
+    assert constant == 0.25
+    assert build_model(TrainConfig(model="vae", model_options={"encoder": "conv", "encoder_hidden": [3]}), digits)
+    with pytest.raises(ValueError, match=r"model: got 'svae', which models sequences.*for digits try '.*vae'"):
+        build_model(TrainConfig(model="svae"), digits)
+    with pytest.raises(ValueError, match=r"model: got 'il-lidvae'.*for text try 'il-lidsvae'"):
+        build_model(TrainConfig(data="text", model="il-lidvae"), text)
+    with pytest.raises(ValueError, match=r"L: got 1\.0 for 'vae'"):
+        build_model(TrainConfig(model="vae", L=1.0), digits)
+
+
+# batches
+
+
+def test_batches_of_all_processes_are_a_permutation_without_its_rest():
+    x = torch.arange(23).unsqueeze(-1)
+    parts = [list(Batches(x, 3, seed=1, process=p, num_processes=2).epoch(4)) for p in (0, 1)]
+    together = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)]).flatten()
+    assert len(together) == len(set(together.tolist())) == 18
+    alone = torch.cat(list(Batches(x, 6, seed=1).epoch(4))).flatten()
+    assert torch.equal(alone, together)
+    assert not torch.equal(alone, torch.cat(list(Batches(x, 6, seed=1).epoch(5))).flatten())
+    assert not torch.equal(alone, torch.cat(list(Batches(x, 6, seed=2).epoch(4))).flatten())
+    assert torch.equal(torch.cat(list(Batches(x, 6, seed=1).epoch(4, start=2))).flatten(), alone[12:])
+
+
+def test_data_that_fill_no_batch_are_refused():
+    with pytest.raises(ValueError, match="batch_size: got 12 in each of 2 processes, wanted at most 23"):
+        Batches(torch.zeros(23, 1), 12, 0, 0, 2)
+
+
+# the loop
+
+
+def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
+    config = small(
+        tmp_path / "run", L=0.5, annealing={"kl_weight": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 8}}
+    )
+    seen = []
+    measures = train(config, lambda step, steps, values: seen.append((step, steps)))
+    assert seen == [(k, 12) for k in range(1, 13)]
+    folder = tmp_path / "run"
+    assert json.loads((folder / "metrics.json").read_text()) == measures
+    history = json.loads((folder / "history.json").read_text())
+    assert len(history) == 2
+    assert measures["train_loss"] == history[-1]["loss"]
+    assert TrainConfig.from_yaml(folder / "config.yaml") == config
+    assert latest(folder / "checkpoints").name == "step-000000012"
+    assert list((folder / "tensorboard").glob("events*"))
+    model = VAE.from_pretrained(folder / "model")
+    assert model.kl_weight.item() == 1
+    assert model.decoder.inverse_lipschitz_bound().item() == pytest.approx(0.5)
+    again = evaluate(model, load("toy", **SMALL["data_options"]), num_importance_samples=3, fisher_samples=3)
+    assert again == {k: v for k, v in measures.items() if k != "train_loss"}
+
+    monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: pytest.fail("done already"))
+    assert train(config) == measures
+    other = replace(config, L=0.75, epochs=3)
+    with pytest.raises(ValueError, match=r"holds another run: L was 0\.5, is 0\.75; epochs was 2, is 3"):
+        train(other)
+    monkeypatch.undo()
+    assert train(other, restart=True)["certified"] == pytest.approx(0.75)
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # nothing is left of the other
+
+
+def test_a_folder_holds_one_run_at_a_time(tmp_path):
+    config = small(tmp_path)
+
+    def intrude(step, steps, values):
+        with pytest.raises(ValueError, match=r"output: another process is training in"):
+            train(config)
+
+    train(config, intrude)
+
+
+@pytest.mark.parametrize("model", ["gmvae", "il-lidmvae"])
+def test_mixtures_are_trained_and_clustered(tmp_path, model):
+    options = {**OPTIONS, "decoder_hidden": [5]} if model == "gmvae" else OPTIONS
+    options = {**options, "prior_options": {"num_components": 2}}
+    measures = train(small(tmp_path, model=model, model_options=options))
+    assert 0.5 <= measures["clustering_accuracy"] <= 1
+    assert (measures["certified"] is None) == (model == "gmvae")
+
+
+@pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"max_grad_norm": 0.5, "warmup_steps": 3}])
+def test_options_of_the_loop(tmp_path, fields):
+    AcceleratorState._reset_state(reset_partial_state=True)  # it holds one precision for a process
+    assert math.isfinite(train(small(tmp_path, **fields))["nll"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
+    # noise that is a function of the datum, so that it does not matter in which part it is
+    monkeypatch.setattr(
+        DiagonalGaussian,
+        "sample",
+        lambda self, num_samples=None, generator=None: (
+            self.mean + (0.5 * self.log_variance).exp() * self.mean.detach().sin()
+        ),
+    )
+    states = []
+    for parts in (1, 5):
+        monkeypatch.setattr("ilvae_fast.training.loop.evaluate", lambda *a, **k: {})
+        train(small(tmp_path / str(parts), accumulation=parts))
+        states.append(VAE.from_pretrained(tmp_path / str(parts) / "model").state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sweep_skips_what_is_done(tmp_path, monkeypatch):
+    config = small(tmp_path, epochs=1)
+    names = []
+    rows = sweep(config, [0.5, 2.0], [0, 1], tmp_path / "sweep", lambda c: names.append(c.folder.name))
+    assert names == ["L0.5-seed0", "L0.5-seed1", "L2-seed0", "L2-seed1"]
+    assert [row["certified"] for row in rows] == pytest.approx([0.5, 0.5, 2.0, 2.0])
+    assert len({row["nll"] for row in rows}) == 4
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == rows
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 5
+    monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: pytest.fail("done already"))
+    assert sweep(config, [0.5, 2.0], [0, 1], tmp_path / "sweep") == rows
+    with pytest.raises(ValueError, match="L: got none"):
+        sweep(config, [], [0], tmp_path / "other")
+
+
+# divergence
+
+
+def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path):
+    config = small(tmp_path / "run", learning_rate=1e4, loss_limit=1e6)
+    with pytest.raises(Diverged, match=r"step \d+: the loss is .* nats.*largest gradient is that of .*\.pt") as caught:
+        train(config)
+    model, outputs = reproduce(tmp_path / "run" / "diverged" / "process0.pt")
+    loss = torch.stack([output.loss for output in outputs]).max()
+    assert not loss.abs() <= 1e6
+    assert f"{loss.item():g}" in str(caught.value)
+    assert all(p.isfinite().all() for p in model.parameters())  # the weights were not spoiled yet
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_data_that_are_no_number_stop_at_once(tmp_path):
+    np.savez(tmp_path / "bad.npz", x_train=np.full((100, 4), np.nan, np.float32))
+    with pytest.raises(Diverged, match=r"step 0: the loss is nan"):
+        train(small(tmp_path / "run", data=f"npz:{tmp_path / 'bad.npz'}", data_options={}))
+
+
+# checkpoints
+
+
+def test_the_position_survives_a_checkpoint():
+    position = Position()
+    position.add(torch.tensor([1.0, 2.0, 3.0]))
+    position.add(torch.tensor([1.0, 2.0, 3.0]))
+    other = Position()
+    other.load_state_dict(position.state_dict())
+    other.add(torch.tensor([1.0, 2.0, 3.0]))
+    assert (other.step, other.step_in_epoch) == (3, 3)
+    assert other.sums.tolist() == [3, 6, 9]
+    assert position.step == 2
+
+
+# Imports once, then runs each configuration that it reads in a process of its own, whose number it prints; and how that
+# ended, when asked by an empty line.
+RUNNER = """
+import os, sys, torch, torch.utils.tensorboard
+from ilvae_fast.training import TrainConfig, train
+torch.set_num_threads(1)
+for line in sys.stdin:
+    if line.strip():
+        child = os.fork()
+        if child == 0:
+            train(TrainConfig.from_yaml(line.strip()))
+            os._exit(0)
+        print(child, flush=True)
+    else:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Runner:
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", RUNNER], env=environment, **pipes)
+
+    def _ask(self, line: str) -> int:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, config: TrainConfig, folder: Path) -> int:
+        path = folder / f"{config.folder.name}.yaml"
+        path.write_text(config.to_yaml())
+        return self._ask(str(path))
+
+    def status(self) -> int:
+        return self._ask("")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
+    """Every step writes a checkpoint, so that most kills fall into the writing of one."""
+    fields = {
+        "epochs": 25, "checkpoint_every": 1, "model": "il-lidmvae", "L": 0.5, "warmup_steps": 10,
+        "annealing": {"L1": {"kind": "cosine", "start": 3.0, "end": 0.7, "steps": 100}},
+        "model_options": {**OPTIONS, "likelihood_options": {"variance": "optimal"}},
+    }  # fmt: skip
+    whole, killed = small(tmp_path / "whole", **fields), small(tmp_path / "killed", **fields)
+    runner, checkpoints = Runner(), tmp_path / "killed" / "checkpoints"
+    runner.start(whole, tmp_path)
+    assert runner.status() == 0
+    moments, steps = random.Random(0), []
+    for _ in range(4):
+        before, child = latest(checkpoints), runner.start(killed, tmp_path)
+        deadline = time.monotonic() + 60
+        while latest(checkpoints) == before and time.monotonic() < deadline:
+            time.sleep(0.005)  # until it moves on
+        time.sleep(moments.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert runner.status() == -signal.SIGKILL, "the run was over before it was killed: make it longer"
+        steps.append(latest(checkpoints).name)
+    assert steps == sorted(set(steps))  # each went on where the one before it was
+    assert steps[-1] < "step-000000150"
+    runner.start(killed, tmp_path)
+    assert runner.status() == 0
+    runner.close()
+    for name in ("metrics.json", "history.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    models = [VAE.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))

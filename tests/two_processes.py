@@ -1,0 +1,172 @@
+"""What two processes do, run by test_distributed.py under torchrun: python two_processes.py TASK FOLDER."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ilvae_fast import _files, data, metrics
+from ilvae_fast.training import TrainConfig, evaluate, shard, train
+from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
+
+CONFIG = VAEConfig(64, 3, encoder_hidden=(16,), decoder_hidden=((8,), (24, 16)), embedding="orthogonal")
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def same_noise() -> None:
+    """Noise that is a function of the datum, so that it does not matter which process sees it."""
+
+    def sample(self, num_samples=None, generator=None):
+        count = 1 if num_samples is None else num_samples
+        shift = torch.arange(count, dtype=self.mean.dtype).view(-1, *[1] * self.mean.dim())
+        z = self.mean + (0.5 * self.log_variance).exp() * (1e3 * self.mean.detach() + shift).sin()
+        return z.squeeze(0) if num_samples is None else z
+
+    DiagonalGaussian.sample = sample
+
+
+def model() -> VAE:
+    torch.manual_seed(0)
+    return VAE(CONFIG)
+
+
+def batch() -> torch.Tensor:
+    return torch.rand(32, 64, generator=torch.Generator().manual_seed(5))
+
+
+def gradients(folder: Path) -> None:
+    """DDP: the gradients of two halves are those of the whole; FSDP2: the same, and the entry points work."""
+    same_noise()
+    whole, x = model(), batch()
+    whole(x).loss.backward()
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+
+    plain = model()
+    wrapped = DistributedDataParallel(plain)
+    wrapped(x.chunk(2)[RANK]).loss.backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+    sharded = shard(model())
+    for name, p in sharded.named_parameters():
+        assert p.dim() > 0, name
+        assert p.to_local().numel() < p.numel() or p.shape[0] == 1, name
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    output = sharded(x.chunk(2)[RANK])
+    output.loss.backward()
+    for name, p in sharded.named_parameters():
+        torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+    optimizer.step()
+    with torch.no_grad():
+        for p in whole.parameters():
+            p -= 0.1 * p.grad
+    torch.testing.assert_close(sharded.reconstruct(x), whole.reconstruct(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sharded.log_likelihood(x, 2), whole.log_likelihood(x, 2), rtol=1e-4, atol=1e-4)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sharded.decode(z), whole.decode(z), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        metrics.decoder_jacobian(sharded.decoder, z), whole.decoder.jacobian(z), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(sharded.decoder.inverse_lipschitz_bound(), whole.decoder.inverse_lipschitz_bound())
+    torch.testing.assert_close(
+        metrics.relative_fisher(sharded, x, 4).divergence,
+        metrics.relative_fisher(whole, x, 4).divergence,
+        rtol=1e-3,
+        atol=0,
+    )
+
+    options = {"encoder_hidden": (6,), "autoregressive_hidden": 5, "token_embedding": 4, "decoder_hidden": ((6,), (8,))}
+    config = VAEConfig.named(
+        "il-lidsvae", data_dim=5, latent_dim=2, **options, likelihood_options={"num_categories": 9}
+    )
+    torch.manual_seed(0)
+    whole = VAE(config)
+    torch.manual_seed(0)
+    sharded = shard(VAE(config))
+    tokens = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(1))
+    sharded(tokens).loss.backward()
+    assert torch.equal(sharded.reconstruct(tokens), whole.reconstruct(tokens))
+    torch.testing.assert_close(
+        metrics.relative_fisher(sharded, tokens, 2).divergence, metrics.relative_fisher(whole, tokens, 2).divergence
+    )
+    (folder / f"gradients{RANK}").write_text("equal")
+
+
+def measures(folder: Path) -> None:
+    """Measures of spread data are those of all."""
+    same_noise()
+    digits, vae = data.load("digits"), model().double()
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    options = {"num_importance_samples": 3, "fisher_samples": 3, "limit": 101}
+    spread = evaluate(vae, digits, **options, process=RANK, num_processes=2, reduce=total)
+    alone = evaluate(vae, digits, **options)
+    for name in (
+        "nll",
+        "elbo_kl",
+        "fisher",
+        "fisher_lower_bound",
+        "fisher_effective_sample_size",
+        "mutual_information",
+    ):
+        torch.testing.assert_close(spread[name], alone[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(spread["kl_per_dimension"], alone["kl_per_dimension"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(spread["latent_variances"], alone["latent_variances"], rtol=1e-9, atol=0)
+    assert spread["epsilon_collapse"] == alone["epsilon_collapse"]
+    (folder / f"measures{RANK}").write_text("equal")
+
+
+def run(folder: Path) -> None:
+    """A whole run, in which the second process must not write."""
+    if RANK == 1:
+
+        def refuse(path, content):
+            raise AssertionError(f"the second process writes {path}")
+
+        _files.write_atomically = refuse
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ilvae_fast") and hasattr(module, "write_atomically"):
+                module.write_atomically = refuse
+    result = train(config(folder))
+    (folder / f"run{RANK}.json").write_text(json.dumps(result))
+
+
+def killed(folder: Path) -> None:
+    """The second process dies in the middle of training."""
+
+    def progress(step: int, steps: int, values: dict[str, float]) -> None:
+        if RANK == 1 and step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config(folder), progress)
+    (folder / f"finished{RANK}").write_text("")
+
+
+def config(folder: Path) -> TrainConfig:
+    return TrainConfig(
+        data="digits", model="il-lidvae", latent_dim=3, epochs=2, batch_size=64, checkpoint_every=7, cpu=True,
+        model_options={"decoder_hidden": [[8], [16]], "encoder_hidden": [16]}, output=str(folder / "run"),
+        num_importance_samples=2, fisher_samples=2, eval_limit=50,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    if sys.argv[1] == "together":
+        run(folder)  # accelerate starts the process group
+        gradients(folder)
+        measures(folder)
+        dist.destroy_process_group()
+    else:
+        killed(folder)
