@@ -351,9 +351,10 @@ void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& c, 
   if (c.rows == 0) return;
   const int64_t lanes = tile_lanes(c.rows, kernels<T>().panel_lanes), tiles = (c.rows + lanes - 1) / lanes;
   const int threads = threads_for(tiles, 2 * sweep_flops(net) * c.rows);
-  const Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  if (threads == 1) return training_by_rows(net, c, wanted, lanes, threads);
   // elements moved: shares of gradients written and read, or operands read on another core
-  const bool by_rows = threads == 1 || 2 * gradients.parameters() * threads < gradients.elements_per_lane() * c.rows;
+  const Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  const bool by_rows = 2 * gradients.parameters() * threads < gradients.elements_per_lane() * c.rows;
   by_rows ? training_by_rows(net, c, wanted, lanes, threads) : training_by_gradients(net, c, wanted, lanes, threads);
 }
 
