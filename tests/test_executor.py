@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from executor import ExecutorError, Program, build_all, same_for_all_orders
 
 SEEDS = range(12)
