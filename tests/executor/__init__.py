@@ -30,7 +30,7 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas", "-Wno-parentheses", "-Wno-unused-function", "-Wno-psabi"]
 FLAGS += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-KERNEL_FLAGS = ["-include", "executor.h"]
+KERNEL_FLAGS = ["-O1", "-include", "executor.h"]  # kernels take longer to compile than to run
 RUNTIME = ("executor", "instructions", "races")
 SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # mode: flags for kernels, flags for the runtime, flags for linking
