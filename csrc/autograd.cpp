@@ -21,6 +21,8 @@ struct Static {
   bool want_potential = false, want_map = false;
   int64_t wanted = 0;
   OptionalType product_dtype;
+  int64_t route = 0;
+  bool recompute = false;
   std::vector<Tensor> saved;
 
   void store(AutogradContext* ctx) const {
@@ -29,6 +31,7 @@ struct Static {
     data["parameters"] = parameters;
     data["wanted"] = wanted;
     data["product_dtype"] = product_dtype;
+    data["route"] = route;
   }
   static Static load(AutogradContext* ctx) {
     auto& data = ctx->saved_data;
@@ -37,6 +40,7 @@ struct Static {
     s.parameters = data["parameters"].toDoubleVector();
     s.wanted = data["wanted"].toInt();
     s.product_dtype = data["product_dtype"].toOptional<at::ScalarType>();
+    s.route = data["route"].toInt();
     return s;
   }
 };
@@ -92,9 +96,9 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
                                const Tensor& constant, const OptionalTensor& embedding, at::TensorList weights,
                                const Static& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [potential, map, saved] =
-        potential_and_map().call(x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters,
-                                 s.want_potential, s.want_map, /*save=*/true, s.product_dtype);
+    auto [potential, map, saved] = potential_and_map().call(
+        x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.want_potential, s.want_map,
+        /*save=*/!s.recompute, s.product_dtype, s.route, s.recompute);
     variable_list kept{x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
@@ -121,7 +125,7 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
       return training_terms().call(kept[grad_x], kept[grad_skip_weight], kept[grad_bias], weights,
                                    kept[grad_inverse_lipschitz], optional(kept[grad_embedding]),
                                    optional(cotangents[1]), optional(cotangents[0]), saved, s.activations, s.parameters,
-                                   wanted, s.product_dtype);
+                                   wanted, s.product_dtype, s.route);
     });
     for (size_t i = 0; i < terms.size(); ++i) {
       if ((wanted >> i) & 1) gradients[i] = std::move(terms[i]);
@@ -138,7 +142,7 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto terms =
         training_terms().call(x, skip_weight, bias, weights, constant, embedding, map_cotangent, potential_cotangent,
-                              s.saved, s.activations, s.parameters, s.wanted, s.product_dtype);
+                              s.saved, s.activations, s.parameters, s.wanted, s.product_dtype, s.route);
     variable_list kept{
         map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()), x, skip_weight, bias, constant,
         embedding.value_or(Tensor())};
@@ -185,7 +189,7 @@ struct MapJvpFunction : Function<MapJvpFunction> {
                                at::TensorList weights, const Static& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent, s.activations,
-                                             s.parameters, s.product_dtype);
+                                             s.parameters, s.product_dtype, s.route);
     variable_list kept{tangent, x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     ctx->save_for_backward(kept);
@@ -219,14 +223,28 @@ struct MapJvpFunction : Function<MapJvpFunction> {
 std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
-    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
+    int64_t route, std::optional<bool> recompute) {
   if (!records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return potential_and_map().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
-                                    activation_parameters, want_potential, want_map, save, product_dtype);
+                                    activation_parameters, want_potential, want_map, save, product_dtype, route,
+                                    recompute);
   }
   TORCH_CHECK_VALUE(!save, "save: got True, wanted False: autograd saves what it needs itself");
-  const Static s{activations.vec(), activation_parameters.vec(), want_potential, want_map, 0, product_dtype, {}};
+  const Arguments c{
+      x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz, embedding.value_or(Tensor()),
+      activations, activation_parameters, product_dtype};
+  const bool recomputes = choice_of(c, route, recompute).recompute;
+  const Static s{activations.vec(),
+                 activation_parameters.vec(),
+                 want_potential,
+                 want_map,
+                 0,
+                 product_dtype,
+                 route,
+                 recomputes,
+                 {}};
   auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1], {}};
 }
@@ -236,14 +254,16 @@ std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_
                                             const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
                                             const OptionalTensor& potential_cotangent, at::TensorList saved,
                                             at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
-                                            OptionalType product_dtype) {
+                                            OptionalType product_dtype, int64_t route) {
   if (!records("training_terms", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()),
                map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return training_terms().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, map_cotangent,
-                                 potential_cotangent, saved, activations, activation_parameters, wanted, product_dtype);
+                                 potential_cotangent, saved, activations, activation_parameters, wanted, product_dtype,
+                                 route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, saved.vec()};
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, route, false,
+                 saved.vec()};
   return TrainingTermsFunction::apply(map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz,
                                       embedding, weights, s);
 }
@@ -252,13 +272,13 @@ std::tuple<Tensor, Tensor> map_jvp_autograd(const Tensor& x, const Tensor& skip_
                                             at::TensorList weights, const Tensor& inverse_lipschitz,
                                             const OptionalTensor& embedding, const Tensor& tangent,
                                             at::IntArrayRef activations, Floats activation_parameters,
-                                            OptionalType product_dtype) {
+                                            OptionalType product_dtype, int64_t route) {
   if (!records("map_jvp", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()), tangent)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return map_jvp().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, tangent, activations,
-                          activation_parameters, product_dtype);
+                          activation_parameters, product_dtype, route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, {}};
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, route, false, {}};
   auto values = MapJvpFunction::apply(tangent, x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1]};
 }

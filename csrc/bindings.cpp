@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "core/plan.h"
-#include "cpu/pointwise.h"
+#include "cpu/instruction_set.h"
 #if defined(ILVAE_CUDA)
 #include "cuda/toolkit.h"
 #endif
@@ -30,11 +30,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ilvae::Plan>(m, "Plan")
       .def_readonly("route", &ilvae::Plan::route)
       .def_readonly("reason", &ilvae::Plan::reason)
+      .def_readonly("recompute", &ilvae::Plan::recompute)
       .def_readonly("map_flops", &ilvae::Plan::map_flops)
       .def_readonly("training_flops", &ilvae::Plan::training_flops)
       .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
   m.def("plan", [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense,
-                   int64_t real_bytes, int64_t operand_bytes) {
-    return ilvae::plan({rows, input, width, std::move(widths), dense, real_bytes, operand_bytes});
+                   int64_t real_bytes, int64_t operand_bytes, int route, std::optional<bool> recompute) {
+    return ilvae::plan({rows, input, width, std::move(widths), dense, real_bytes, operand_bytes},
+                       static_cast<ilvae::Route>(route), recompute);
   });
 }

@@ -4,6 +4,9 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "core/plan.h"
+#include "cpu/fused.h"
+#include "fused_route.h"
 #include "matmul_route.h"
 #include "problem.h"
 
@@ -21,12 +24,20 @@ Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
   return arguments;
 }
 
-// The kernels read what was saved through bare pointers.
-void check_saved(const Arguments& c, at::TensorList saved) {
-  if (saved.empty()) return;
-  TORCH_CHECK_VALUE(saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
+// The route of a call; what it saves depends on it.
+Route route_of(const Arguments& c, int64_t route) { return choice_of(c, route, std::nullopt).route; }
+
+c10::SymInt saved_rows(const Arguments& c, Route route) {
   c10::SymInt rows = 1;
   for (const auto& size : c.x.sym_sizes().slice(0, c.x.dim() - 1)) rows = rows * size;
+  return route == Route::fused ? (rows + (cpu::row_padding - 1)) / cpu::row_padding * cpu::row_padding : rows;
+}
+
+// The kernels read what was saved through bare pointers.
+void check_saved(const Arguments& c, at::TensorList saved, Route route) {
+  if (saved.empty()) return;
+  TORCH_CHECK_VALUE(saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
+  const auto rows = saved_rows(c, route);
   const auto units = c.skip_weight.sym_size(0) - 1;
   const auto real = c.output_dtype() == at::kBFloat16 ? at::kFloat : c.output_dtype();
   const auto check = [&](size_t i, c10::SymInt height, c10::SymInt width, at::ScalarType dtype) {
@@ -43,12 +54,12 @@ void check_saved(const Arguments& c, at::TensorList saved) {
 }
 
 void check_cotangents(const Arguments& c, const OptionalTensor& map_cotangent,
-                      const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted) {
+                      const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted, Route route) {
   TORCH_CHECK_VALUE(map_cotangent || potential_cotangent,
                     "map_cotangent and potential_cotangent: got neither, wanted at least one");
   if (map_cotangent) c.check_rows("map_cotangent", *map_cotangent, c.skip_weight.sym_size(1));
   if (potential_cotangent) c.check_rows("potential_cotangent", *potential_cotangent, std::nullopt);
-  check_saved(c, saved);
+  check_saved(c, saved, route);
   const auto count = grad_weights + c.weights.size();
   TORCH_CHECK_VALUE(count < 63 && wanted >= 0 && wanted < (int64_t(1) << count), "wanted: got ", wanted,
                     ", wanted a bit for each of ", count, " gradients");
@@ -91,11 +102,13 @@ const Tensor& like(const Arguments& c, size_t gradient) {
 std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
-    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
+    int64_t route, std::optional<bool> /*recompute: for autograd*/) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   const Problem p(c);
-  auto values = matmul::potential_and_map(p, want_potential, want_map, save);
+  const auto run = route_of(c, route) == Route::fused ? fused::potential_and_map : matmul::potential_and_map;
+  auto values = run(p, want_potential, want_map, save);
   const auto none = [&] { return at::empty({0}, p.options(p.output)); };
   return {want_potential ? values.potential.view(leading(x)) : none(),
           want_map ? values.map.view(with_last(leading(x), p.width)) : none(), std::move(values.saved)};
@@ -106,15 +119,15 @@ std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weigh
                                        const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
                                        const OptionalTensor& potential_cotangent, at::TensorList saved,
                                        at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
-                                       OptionalType product_dtype) {
+                                       OptionalType product_dtype, int64_t route) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
-  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
+  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted, route_of(c, route));
   const Problem p(c);
   std::vector<bool> flags(grad_weights + p.layers());
   for (size_t i = 0; i < flags.size(); ++i) flags[i] = (wanted >> i) & 1;
-  auto gradients =
-      matmul::training_terms(p, flat(map_cotangent, p, p.width), flat(potential_cotangent, p, 0), saved, flags);
+  const auto run = route_of(c, route) == Route::fused ? fused::training_terms : matmul::training_terms;
+  auto gradients = run(p, flat(map_cotangent, p, p.width), flat(potential_cotangent, p, 0), saved, flags);
   for (size_t i = 0; i < flags.size(); ++i) {
     auto& gradient = gradients[i];
     if (!flags[i]) {
@@ -130,12 +143,13 @@ std::tuple<Tensor, Tensor> map_jvp_cpu(const Tensor& x, const Tensor& skip_weigh
                                        at::TensorList weights, const Tensor& inverse_lipschitz,
                                        const OptionalTensor& embedding, const Tensor& tangent,
                                        at::IntArrayRef activations, Floats activation_parameters,
-                                       OptionalType product_dtype) {
+                                       OptionalType product_dtype, int64_t route) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   c.check_rows("tangent", tangent, x.sym_size(-1));
   const Problem p(c);
-  auto [map, map_tangent] = matmul::map_jvp(p, tangent.reshape({p.rows, p.input}));
+  const auto run = route_of(c, route) == Route::fused ? fused::map_jvp : matmul::map_jvp;
+  auto [map, map_tangent] = run(p, tangent.reshape({p.rows, p.input}));
   const auto sizes = with_last(leading(x), p.width);
   return {map.view(sizes), map_tangent.view(sizes)};
 }
@@ -160,15 +174,15 @@ Tensor meta_map(const Arguments& c) {
 std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_meta(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
-    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype) {
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
+    int64_t route, std::optional<bool> /*recompute: for autograd*/) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   const auto output = c.output_dtype();
   const auto real = output == at::kBFloat16 ? at::kFloat : output;
   std::vector<Tensor> saved;
   if (save) {
-    c10::SymInt rows = 1;
-    for (const auto& size : rows_of(c)) rows = rows * size;
+    const auto rows = saved_rows(c, route_of(c, route));
     const auto units = skip_weight.sym_size(0) - 1;
     saved.push_back(meta(c, {rows, units + 1}, real));
     saved.push_back(want_map ? meta(c, {rows, units - weights.back().sym_size(1)}, real) : meta(c, {0}, real));
@@ -183,10 +197,10 @@ std::vector<Tensor> training_terms_meta(const Tensor& x, const Tensor& skip_weig
                                         const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
                                         const OptionalTensor& potential_cotangent, at::TensorList saved,
                                         at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
-                                        OptionalType product_dtype) {
+                                        OptionalType product_dtype, int64_t route) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
-  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted);
+  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted, route_of(c, route));
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < grad_weights + weights.size(); ++i) {
     if ((wanted >> i) & 1) {
@@ -203,10 +217,11 @@ std::tuple<Tensor, Tensor> map_jvp_meta(const Tensor& x, const Tensor& skip_weig
                                         at::TensorList weights, const Tensor& inverse_lipschitz,
                                         const OptionalTensor& embedding, const Tensor& tangent,
                                         at::IntArrayRef activations, Floats activation_parameters,
-                                        OptionalType product_dtype) {
+                                        OptionalType product_dtype, int64_t route) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   c.check_rows("tangent", tangent, x.sym_size(-1));
+  route_of(c, route);
   return {meta_map(c), meta_map(c)};
 }
 
@@ -234,11 +249,12 @@ struct Autocast {
   static std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map(
       const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
       const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
-      Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType given) {
+      Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType given, int64_t route,
+      std::optional<bool> recompute) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
     return ops::potential_and_map().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
                                          inverse_lipschitz, float32(embedding), activations, activation_parameters,
-                                         want_potential, want_map, save, product_dtype(x, given));
+                                         want_potential, want_map, save, product_dtype(x, given), route, recompute);
   }
 
   static std::vector<Tensor> training_terms(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -246,22 +262,22 @@ struct Autocast {
                                             const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
                                             const OptionalTensor& potential_cotangent, at::TensorList saved,
                                             at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
-                                            OptionalType given) {
+                                            OptionalType given, int64_t route) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
     return ops::training_terms().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
                                       inverse_lipschitz, float32(embedding), map_cotangent, potential_cotangent, saved,
-                                      activations, activation_parameters, wanted, product_dtype(x, given));
+                                      activations, activation_parameters, wanted, product_dtype(x, given), route);
   }
 
   static std::tuple<Tensor, Tensor> map_jvp(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
                                             at::TensorList weights, const Tensor& inverse_lipschitz,
                                             const OptionalTensor& embedding, const Tensor& tangent,
                                             at::IntArrayRef activations, Floats activation_parameters,
-                                            OptionalType given) {
+                                            OptionalType given, int64_t route) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
     return ops::map_jvp().call(float32(x), float32(skip_weight), float32(bias), float32(weights), inverse_lipschitz,
                                float32(embedding), float32(tangent), activations, activation_parameters,
-                               product_dtype(x, given));
+                               product_dtype(x, given), route);
   }
 
   static void implement(torch::Library& m) {
@@ -289,17 +305,18 @@ TORCH_LIBRARY(ilvae_fast, m) {
   m.def(
       "potential_and_map(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, int[] activations, float[] activation_parameters, bool want_potential, bool want_map, "
-      "bool save=False, ScalarType? product_dtype=None) -> (Tensor potential, Tensor map, Tensor[] saved)",
+      "bool save=False, ScalarType? product_dtype=None, int route=0, bool? recompute=None) -> (Tensor potential, "
+      "Tensor map, Tensor[] saved)",
       tags);
   m.def(
       "training_terms(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, Tensor? map_cotangent, Tensor? potential_cotangent, Tensor[] saved, int[] activations, "
-      "float[] activation_parameters, int wanted, ScalarType? product_dtype=None) -> Tensor[]",
+      "float[] activation_parameters, int wanted, ScalarType? product_dtype=None, int route=0) -> Tensor[]",
       tags);
   m.def(
       "map_jvp(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, Tensor tangent, int[] activations, float[] activation_parameters, "
-      "ScalarType? product_dtype=None) -> (Tensor map, Tensor map_tangent)",
+      "ScalarType? product_dtype=None, int route=0) -> (Tensor map, Tensor map_tangent)",
       tags);
   m.def(
       "training_terms_backward(Tensor[] cotangents, Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, "

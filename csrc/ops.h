@@ -15,11 +15,14 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<at::ScalarType>;
 using Floats = at::ArrayRef<double>;
 
-// -> potential (...), map (..., d), saved; the first two empty where not wanted
+// -> potential (...), map (..., d), saved; the first two empty where not wanted. route: a Route of core/plan.h.
+// recompute: whether the backward pass recomputes what it needs (by default the plan decides); without autograd nothing
+// is saved unless `save` asks for it.
 using PotentialAndMap = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
-    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype);
+    Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
+    int64_t route, std::optional<bool> recompute);
 
 // -> gradients in the order of `Gradient`; wanted: bit i for gradient i, the others come back empty
 using TrainingTerms = std::vector<Tensor>(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -27,14 +30,14 @@ using TrainingTerms = std::vector<Tensor>(const Tensor& x, const Tensor& skip_we
                                           const OptionalTensor& embedding, const OptionalTensor& map_cotangent,
                                           const OptionalTensor& potential_cotangent, at::TensorList saved,
                                           at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
-                                          OptionalType product_dtype);
+                                          OptionalType product_dtype, int64_t route);
 
 // -> map (..., d), its derivative along the tangent (..., m) of x
 using MapJvp = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
                                           at::TensorList weights, const Tensor& inverse_lipschitz,
                                           const OptionalTensor& embedding, const Tensor& tangent,
                                           at::IntArrayRef activations, Floats activation_parameters,
-                                          OptionalType product_dtype);
+                                          OptionalType product_dtype, int64_t route);
 
 // Second derivatives of the two above, implemented in ilvae_fast/ops.py. needed: bit i for tensor i of
 // (map_cotangent, potential_cotangent | tangent), x, skip_weight, bias, inverse_lipschitz, embedding, weights...

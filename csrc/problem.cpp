@@ -106,6 +106,18 @@ void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<
   TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ", print());
 }
 
+Choice choice_of(const Arguments& c, int64_t route, std::optional<bool> recompute) {
+  TORCH_CHECK_VALUE(route >= 0 && route <= int64_t(Route::fused), "route: got code ", route, ", wanted 0 to ",
+                    int64_t(Route::fused));
+  Layers layers;
+  for (const auto& w : c.weights) layers.widths.push_back(w.sym_size(1).guard_int(__FILE__, __LINE__));
+  layers.full_precision = c.output_dtype() == at::kFloat || c.output_dtype() == at::kDouble;
+  const auto choice = choose(layers, static_cast<Route>(route), recompute);
+  TORCH_CHECK_VALUE(route == 0 || int64_t(choice.route) == route, "route: got fused, wanted matmul for products in ",
+                    c.output_dtype());
+  return choice;
+}
+
 Problem::Problem(const Arguments& c)
     : operand(c.output_dtype()),
       real(operand == at::kBFloat16 ? at::kFloat : operand),

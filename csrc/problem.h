@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/activations.h"
+#include "core/plan.h"
 
 namespace ilvae {
 
@@ -33,6 +34,9 @@ struct Arguments {
   int64_t width() const { return skip_weight.size(1); }
   at::ScalarType output_dtype() const { return product_dtype.value_or(x.scalar_type()); }
 };
+
+// Which route a call takes, and whether its backward pass recomputes.
+Choice choice_of(const Arguments&, int64_t route, std::optional<bool> recompute);
 
 // The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
 struct Problem {

@@ -13,7 +13,7 @@ import torch
 from ._errors import unknown_name
 
 BACKENDS = ("native", "reference")
-ROUTES = ("auto", "matmul")
+ROUTES = ("auto", "matmul", "fused")  # in the order of csrc/core/plan.h
 
 
 def _from_environment() -> str:
@@ -51,10 +51,11 @@ def use_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
-def check_route(route: str) -> None:
-    """Refuse a route that does not exist."""
+def route_code(route: str) -> int:
+    """The route as the operators take it; refuses one that does not exist."""
     if route not in ROUTES:
         raise unknown_name("route", route, ROUTES)
+    return ROUTES.index(route)
 
 
 def build_info() -> dict[str, Any]:
@@ -75,6 +76,7 @@ class Plan:
 
     route: str
     reason: str
+    recompute: bool
     map_flops: float
     training_flops: float
     saved_bytes: int
@@ -85,6 +87,7 @@ class Plan:
             f"map              {self.map_flops / 1e6:,.3g} Mflop\n"
             f"training terms   {self.training_flops / 1e6:,.3g} Mflop\n"
             f"saved            {self.saved_bytes / 2**10:,.4g} KiB from forward to backward"
+            f"{' (recomputed instead)' if self.recompute else ''}"
         )
 
 
@@ -97,6 +100,7 @@ def plan(
     embedding: str = "identity",
     dtype: torch.dtype = torch.float32,
     route: str = "auto",
+    recompute: bool | None = None,
 ) -> Plan:
     """Which route a map takes, and what it costs: a pure function of shape and dtype.
 
@@ -108,6 +112,8 @@ def plan(
         embedding: "identity" or "dense", what B is.
         dtype: of the operands of matrix products.
         route: "auto", or a route to force.
+        recompute: whether the backward pass recomputes instead of reading what the forward pass saved; None: whatever
+            is faster.
 
     Returns:
         flops of the matrix products of the map and of the training terms (all gradients, one map cotangent), and the
@@ -115,7 +121,7 @@ def plan(
     """
     from . import _C
 
-    check_route(route)
+    code = route_code(route)
     for name, value in {"batch": batch, "in_features": in_features}.items():
         if value < (0 if name == "batch" else 1):
             raise ValueError(f"{name}: got {value}, wanted a positive number")
@@ -126,7 +132,9 @@ def plan(
     m = in_features if embedding_features is None else embedding_features
     if not 1 <= m <= in_features:
         raise ValueError(f"embedding_features: got {m}, wanted 1 to {in_features}, in_features")
+    if route == "fused" and dtype.itemsize < 4:
+        raise ValueError(f"route: got 'fused', wanted 'matmul' for {str(dtype).removeprefix('torch.')}")
     dense = embedding_features is not None and embedding == "dense"
     real = torch.promote_types(dtype, torch.float32).itemsize
-    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize)
-    return Plan(p.route, p.reason, p.map_flops, p.training_flops, p.saved_bytes)
+    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize, code, recompute)
+    return Plan(p.route, p.reason, p.recompute, p.map_flops, p.training_flops, p.saved_bytes)

@@ -9,7 +9,9 @@ Arguments common to all functions:
     inverse_lipschitz: L >= 0, a float or a tensor with one element in float32 or float64. A float is checked; a tensor
         is never read back to the host.
     embedding: None; an int D, the first m of D coordinates (B the padded identity, never formed); or B (D, m)
-    route: "auto" or "matmul" (see :func:`ilvae_fast.plan`)
+    route: "auto", "matmul" or "fused" (see :func:`ilvae_fast.plan`)
+    recompute: whether the backward pass recomputes pre-activations and adjoints instead of reading what the forward
+        pass saved; None: as :func:`ilvae_fast.plan` says
     validate: also check that all values are finite and weights and L non-negative, which reads them back to the host
 
 Tensors share one dtype (but L) and one device. Results have the dtype of ``x``; for bfloat16 all arithmetic between
@@ -56,6 +58,8 @@ class Operands(NamedTuple):
     inverse_lipschitz: Tensor
     embedding: Tensor | None
     activations: EncodedActivations
+    route: int  # its place in ROUTES
+    recompute: bool | None
 
     def reference_arguments(self) -> tuple[tuple[Tensor, Tensor, Tensor, Sequence[Tensor]], dict]:
         """Positional and keyword arguments of :mod:`ilvae_fast.reference`."""
@@ -116,13 +120,13 @@ def prepare(
     inverse_lipschitz: float | Tensor,
     embedding: Tensor | int | None,
     route: str,
+    recompute: bool | None,
     validate: bool,
 ) -> Operands:
     """Check what the operators cannot see and bring the rest into their form."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
-    if route != "auto":
-        _backend.check_route(route)
+    code = 0 if route == "auto" else _backend.route_code(route)
     encoded = activations if isinstance(activations, EncodedActivations) else encode(activations)
     if isinstance(embedding, int):
         if embedding != skip_weight.shape[-1]:
@@ -135,7 +139,9 @@ def prepare(
             f"x: got shape {tuple(x.shape)}, wanted (..., {skip_weight.shape[-1]}) as skip_weight "
             f"{tuple(skip_weight.shape)} says, or an embedding"
         )
-    operands = Operands(x, skip_weight, bias, weights, _constant(inverse_lipschitz, x), embedding, encoded)
+    operands = Operands(
+        x, skip_weight, bias, weights, _constant(inverse_lipschitz, x), embedding, encoded, code, recompute
+    )
     if validate:
         _validate(operands)
     return operands
@@ -168,10 +174,13 @@ def potential(
     inverse_lipschitz: float | Tensor = 1.0,
     embedding: Tensor | int | None = None,
     route: str = "auto",
+    recompute: bool | None = None,
     validate: bool = False,
 ) -> Tensor:
     """``phi(B x) = G(B x) + L/2 |B x|^2``, shape (...): the convex potential (design section 2)."""
-    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    operands = prepare(
+        x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, recompute, validate
+    )
     return apply_potential_and_map(operands, True, False)[0]
 
 
@@ -185,10 +194,13 @@ def brenier_map(
     inverse_lipschitz: float | Tensor = 1.0,
     embedding: Tensor | int | None = None,
     route: str = "auto",
+    recompute: bool | None = None,
     validate: bool = False,
 ) -> Tensor:
     """``T(B x) = grad G(B x) + L B x``, shape (..., d): L-inverse Lipschitz (Kinoshita et al., ICML 2023)."""
-    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    operands = prepare(
+        x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, recompute, validate
+    )
     return apply_potential_and_map(operands, False, True)[1]
 
 
@@ -202,10 +214,13 @@ def potential_and_map(
     inverse_lipschitz: float | Tensor = 1.0,
     embedding: Tensor | int | None = None,
     route: str = "auto",
+    recompute: bool | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``(phi, T)``, shapes (...) and (..., d), for little more than the map alone."""
-    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    operands = prepare(
+        x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, recompute, validate
+    )
     return apply_potential_and_map(operands, True, True)
 
 
@@ -239,7 +254,7 @@ def brenier_map_vjp(
     for name in wrt:
         if name not in BrenierGradients._fields:
             raise unknown_name("wrt", name, BrenierGradients._fields)
-    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, None, validate)
     wanted = [
         "x" in wrt,
         "skip_weight" in wrt,
@@ -272,5 +287,5 @@ def brenier_map_jvp(
 
     Without an embedding ``dT/dx`` is symmetric, so this is the vector-Jacobian product too.
     """
-    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, validate)
+    operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, None, validate)
     return apply_map_jvp(operands, tangent)

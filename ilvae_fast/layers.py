@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._backend import check_route
+from ._backend import route_code
 from .activations import Activation, as_activation, encode
 from .initialization import initialize_
 from .nonneg import NonNegative, as_nonnegative
@@ -54,7 +54,7 @@ class BrenierMap(nn.Module):
         nonneg: parametrisation of the non-negative weights, a name or :class:`ilvae_fast.NonNegative`.
         inverse_lipschitz: L. A float or a tensor with one element is a constant, kept in a buffer; assigning to the
             attribute fills it in place, which never recompiles. :class:`ilvae_fast.Trained` makes it a parameter.
-        route: see :func:`ilvae_fast.plan`.
+        route, recompute: see :func:`ilvae_fast.plan`.
         validate: check parameters and inputs for NaN, infinity and sign at every call (synchronises with a GPU).
         device, dtype: of the parameters; L is kept at least in float32 whatever the layer's dtype.
 
@@ -78,6 +78,7 @@ class BrenierMap(nn.Module):
         nonneg: str | NonNegative = "softplus",
         inverse_lipschitz: float | Tensor | Trained = 1.0,
         route: str = "auto",
+        recompute: bool | None = None,
         validate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,8 +93,8 @@ class BrenierMap(nn.Module):
         output = as_activation(output_activation, "output_activation")
         self._activations = encode([first, *[hidden] * (len(self.hidden_features) - 1), output])
         self.nonneg = as_nonnegative(nonneg)
-        check_route(route)
-        self.route, self.validate = route, validate
+        route_code(route)
+        self.route, self.recompute, self.validate = route, recompute, validate
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.get_default_dtype()}
         if factory["dtype"] not in (torch.float64, torch.float32, torch.bfloat16):
@@ -189,6 +190,7 @@ class BrenierMap(nn.Module):
             self.inverse_lipschitz,
             embedding,
             self.route,
+            self.recompute,
             self.validate,
         )
 

@@ -41,6 +41,7 @@ class Static(NamedTuple):
 
     activations: EncodedActivations
     wanted: tuple[bool, ...]  # potential_and_map: (potential, map); training_terms: the gradients, in tensor order
+    route: int = 0
 
 
 # Plain functions: same arguments and results as the operators (only wanted results), from differentiable operations
@@ -193,7 +194,9 @@ def _native_potential_and_map(
     static: Static, x: Tensor, skip_weight: Tensor, bias: Tensor, constant: Tensor, embedding: Tensor | None, *weights
 ) -> tuple[Tensor, ...]:
     codes, parameters, _ = static.activations
-    results = _potential_and_map(x, skip_weight, bias, weights, constant, embedding, codes, parameters, *static.wanted)
+    results = _potential_and_map(
+        x, skip_weight, bias, weights, constant, embedding, codes, parameters, *static.wanted, route=static.route
+    )
     return tuple(r for r, w in zip(results, static.wanted, strict=False) if w)
 
 
@@ -222,6 +225,7 @@ def _native_training_terms(
         codes,
         parameters,
         _bits(static.wanted),
+        route=static.route,
     )
     return tuple(t for t, w in zip(terms, static.wanted, strict=True) if w)
 
@@ -237,7 +241,7 @@ def _native_map_jvp(
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
     codes, parameters, _ = static.activations
-    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters)
+    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, route=static.route)
 
 
 def _first_order(
@@ -246,7 +250,7 @@ def _first_order(
     """Backward of the potential and map: the training terms, themselves differentiable."""
     given = iter(cotangents)
     u, v = (next(given) if w else None for w in static.wanted)
-    terms = iter(_TrainingTerms.apply(Static(static.activations, tuple(needed)), v, u, *tensors))
+    terms = iter(_TrainingTerms.apply(Static(static.activations, tuple(needed), static.route), v, u, *tensors))
     return [next(terms) if n else None for n in needed]
 
 
@@ -275,22 +279,33 @@ def _apply(function: Any, plain: Callable[..., tuple[Tensor, ...]], static: Stat
 
 
 def _in_order(operands: Operands) -> tuple[Tensor | None, ...]:
-    x, skip_weight, bias, weights, constant, embedding, _ = operands
+    x, skip_weight, bias, weights, constant, embedding, *_ = operands
     return x, skip_weight, bias, constant, embedding, *weights
 
 
 def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) -> tuple[Tensor, Tensor]:
     """Potential (...) and map (..., d); empty where not wanted."""
-    x, skip_weight, bias, weights, constant, embedding, activations = operands
+    x, skip_weight, bias, weights, constant, embedding, activations, route, recompute = operands
     if _transforms_active():
         wanted = (want_potential, want_map)
-        static = Static(activations, wanted)
+        static = Static(activations, wanted, route)
         results = iter(_apply(_PotentialAndMap, _plain_potential_and_map, static, *_in_order(operands)))
         phi, t = (next(results) if w else x.new_empty(0) for w in wanted)
         return phi, t
     codes, parameters, _ = activations
     return _potential_and_map(
-        x, skip_weight, bias, weights, constant, embedding, codes, parameters, want_potential, want_map
+        x,
+        skip_weight,
+        bias,
+        weights,
+        constant,
+        embedding,
+        codes,
+        parameters,
+        want_potential,
+        want_map,
+        route=route,
+        recompute=recompute,
     )[:2]
 
 
@@ -299,11 +314,11 @@ def training_terms(
 ) -> list[Tensor | None]:
     """Gradients in tensor order; None where not wanted."""
     if _transforms_active():
-        static = Static(operands.activations, tuple(wanted))
+        static = Static(operands.activations, tuple(wanted), operands.route)
         cotangents = (map_cotangent, potential_cotangent)
         terms = _apply(_TrainingTerms, _plain_training_terms, static, *cotangents, *_in_order(operands))
         return _spread(terms, wanted)
-    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _) = operands
+    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
     results = _training_terms(
         x,
         skip_weight,
@@ -317,6 +332,7 @@ def training_terms(
         codes,
         parameters,
         _bits(wanted),
+        route=route,
     )
     return [r if w else None for r, w in zip(results, wanted, strict=True)]
 
@@ -324,9 +340,11 @@ def training_terms(
 def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """The map (..., d) and its derivative along ``tangent``."""
     if _transforms_active():
-        return _apply(_MapJvp, _plain_map_jvp, Static(operands.activations, ()), tangent, *_in_order(operands))
-    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _) = operands
-    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters)
+        return _apply(
+            _MapJvp, _plain_map_jvp, Static(operands.activations, (), operands.route), tangent, *_in_order(operands)
+        )
+    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
+    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, route=route)
 
 
 def plain_training_terms(

@@ -15,6 +15,7 @@ FIRST = ("softplus", "leaky_relu", "celu", "smooth_leaky_relu", "squared_leaky_r
 LATER = tuple(name for name in FIRST if name != "squared_leaky_relu")
 SMOOTH = ("softplus", "smooth_leaky_relu")
 EMBEDDINGS = ("none", "identity", "dense")
+WAYS = (("auto", None), ("matmul", False), ("matmul", True), ("fused", False), ("fused", True))  # route, recompute
 NONNEG = ("softplus", "exp", "clamp", "abs", "square", "none")
 
 
@@ -29,6 +30,8 @@ class Case:
     leading: tuple[int, ...]
     constant: float
     seed: int
+    route: str = "auto"
+    recompute: bool | None = None
 
     @property
     def input(self) -> int:
@@ -82,16 +85,25 @@ class Tensors:
         weights = [t for n, t in self.named.items() if n.startswith("weights")]
         return self.named["x"], self.named["skip_weight"], self.named["bias"], weights
 
-    def options(self) -> dict:
+    def options(self, module=functional) -> dict:
+        """Keyword arguments of the functions of ``module`` that all of them have."""
         embedding = {"none": None, "identity": self.case.width}.get(self.case.embedding, self.named.get("embedding"))
         return {
             "activations": self.case.activations,
             "inverse_lipschitz": self.named["inverse_lipschitz"],
             "embedding": embedding,
+            **({"route": self.route()} if module is functional else {}),
         }
 
+    def differentiable_options(self, module) -> dict:
+        return {**self.options(module), **({"recompute": self.case.recompute} if module is functional else {})}
+
+    def route(self) -> str:
+        """The case's, but bfloat16 has one alone."""
+        return "auto" if self.u.dtype == torch.bfloat16 else self.case.route
+
     def outputs(self, module=functional) -> tuple[Tensor, Tensor]:
-        return module.potential_and_map(*self.positional(), **self.options())
+        return module.potential_and_map(*self.positional(), **self.differentiable_options(module))
 
     def gradients(self, module, with_map: bool, with_potential: bool) -> dict[str, Tensor]:
         """All gradients by autograd through ``module``."""
@@ -100,9 +112,9 @@ class Tensors:
             phi, t = self.outputs(module)
             loss = (self.v * t).sum() + (self.u * phi).sum()
         elif with_map:
-            loss = (self.v * module.brenier_map(*self.positional(), **self.options())).sum()
+            loss = (self.v * module.brenier_map(*self.positional(), **self.differentiable_options(module))).sum()
         else:
-            loss = (self.u * module.potential(*self.positional(), **self.options())).sum()
+            loss = (self.u * module.potential(*self.positional(), **self.differentiable_options(module))).sum()
         gradients = torch.autograd.grad(loss, list(self.named.values()), allow_unused=True)
         return {
             n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(self.named.items(), gradients, strict=True)
@@ -176,6 +188,7 @@ def cases(
     leading=None,
 ) -> Case:
     depth = draw(st.integers(1, max_depth))
+    route, recompute = draw(st.sampled_from(WAYS))
     sizes = st.integers(0 if empty else 1, 5)
     return Case(
         width=draw(st.integers(1, max_width)),
@@ -185,4 +198,6 @@ def cases(
         leading=tuple(draw(st.lists(sizes, max_size=3))) if leading is None else leading,
         constant=draw(st.sampled_from(constants)),
         seed=draw(st.integers(0, 2**16)),
+        route=route,
+        recompute=recompute,
     )

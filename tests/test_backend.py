@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
+from cases import WAYS
 from ilvae_fast import _backend
 
 
@@ -96,13 +97,22 @@ def test_a_cuda_tensor_without_cuda_kernels_names_the_cure():
 
 
 def test_plan_counts_flops_and_bytes():
-    plan = il.plan(512, 2, (64, 64))
-    forward = 2 * 512 * (2 * 129 + 64 * 64 + 64)  # F of the design
-    assert plan.map_flops == 2 * forward
-    assert plan.training_flops == 4 * forward
-    assert plan.saved_bytes == 4 * 512 * (129 + 64)
-    assert plan.route == "matmul"
-    assert "Mflop" in str(plan)
+    forward = 2 * 510 * (2 * 129 + 64 * 64 + 64)  # F of the design
+    kept = il.plan(510, 2, (64, 64), recompute=False)
+    assert kept.map_flops == 2 * forward
+    assert kept.training_flops == 4 * forward
+    assert (kept.route, kept.recompute) == ("fused", False)
+    assert kept.saved_bytes == 4 * 512 * (129 + 64)  # rows of whole vectors
+    assert "Mflop" in str(kept)
+    recomputed = il.plan(510, 2, (64, 64))
+    assert (recomputed.route, recomputed.recompute) == ("fused", True)
+    assert recomputed.training_flops == 6 * forward
+    assert recomputed.saved_bytes == 0
+    matmul = il.plan(510, 2, (64, 64), route="matmul")
+    assert (matmul.route, matmul.recompute) == ("matmul", False)
+    assert matmul.saved_bytes == 4 * 510 * (129 + 64)
+    assert il.plan(510, 2, (512, 512)).recompute is False
+    assert il.plan(510, 2, (64, 64), dtype=torch.bfloat16).route == "matmul"
 
 
 def test_plan_sees_the_injection():
@@ -117,8 +127,12 @@ def test_plan_sees_the_injection():
 @pytest.mark.parametrize(
     ("width", "hidden", "embedding"), [(5, (8, 7, 6), None), (9, (8,), "identity"), (9, (8, 3), "dense")]
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_plan_predicts_what_is_saved(width, hidden, embedding, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [*((torch.float64, way) for way in WAYS), (torch.float32, ("auto", False)), (torch.bfloat16, ("auto", None))],
+)
+def test_plan_predicts_what_is_saved(width, hidden, embedding, dtype, way):
+    how = dict(zip(("route", "recompute"), way, strict=True))
     m = 4 if embedding else None
     layer = il.BrenierMap(width, hidden, dtype=dtype)
     b = {"dense": torch.randn(width, 4, dtype=dtype), "identity": width, None: None}[embedding]
@@ -142,8 +156,9 @@ def test_plan_predicts_what_is_saved(width, hidden, embedding, dtype):
             activations=["softplus"] * len(hidden) + ["identity"],
             inverse_lipschitz=layer.inverse_lipschitz,
             embedding=b,
+            **how,
         )
-    plan = il.plan(32, width, hidden, embedding_features=m, embedding=embedding or "identity", dtype=dtype)
+    plan = il.plan(32, width, hidden, embedding_features=m, embedding=embedding or "identity", dtype=dtype, **how)
     assert sum(sizes) == plan.saved_bytes
 
 
@@ -156,6 +171,7 @@ def test_plan_predicts_what_is_saved(width, hidden, embedding, dtype):
         ((1, 2, (3,)), {"embedding_features": 3}, "embedding_features: got 3, wanted 1 to 2"),
         ((1, 2, (3,)), {"embedding": "sparse"}, "embedding: got 'sparse'"),
         ((1, 2, (3,)), {"route": "fusd"}, "route: got 'fusd'"),
+        ((1, 2, (3,)), {"route": "fused", "dtype": torch.bfloat16}, "route: got 'fused', wanted 'matmul' for bfloat16"),
     ],
 )
 def test_plan_refusals(arguments, options, words):

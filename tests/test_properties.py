@@ -230,5 +230,5 @@ def test_the_reference_satisfies_the_same_properties():
     tensors = case.tensors(torch.float64)
     _, *rest = tensors.positional()
     x, y = _pairs(case, 64, 1.0)
-    tx, ty = (reference.brenier_map(p, *rest, **tensors.options()) for p in (x, y))
+    tx, ty = (reference.brenier_map(p, *rest, **tensors.options(reference)) for p in (x, y))
     assert (monotonicity_violation(x, y, tx, ty, 0.9) <= SLACK * (x - y).square().sum(-1)).all()

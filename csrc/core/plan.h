@@ -2,26 +2,56 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace ilvae {
+
+// As in ilvae_fast/_backend.py.
+enum class Route : int { automatic = 0, matmul = 1, fused = 2 };
+
+// What the choice of a route depends on: not the batch, so that a compiled region can leave that open.
+struct Layers {
+  std::vector<int64_t> widths;  // n_1 .. n_K
+  bool full_precision = true;   // operands of products in float32 or float64
+};
+
+struct Choice {
+  Route route;
+  bool recompute;  // nothing is saved between forward and backward but inputs
+  std::string reason;
+};
+
+// Above this many hidden weights recomputing the sweep costs more than saving it is worth (benchmarks/NOTES.md).
+inline constexpr int64_t recompute_weights = 32768;
+
+inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> recompute) {
+  int64_t hidden = 0;
+  for (size_t k = 1; k < layers.widths.size(); ++k) hidden += layers.widths[k] * layers.widths[k - 1];
+  if (wanted == Route::matmul) return {wanted, recompute.value_or(false), "asked for"};
+  if (!layers.full_precision)
+    return {Route::matmul, recompute.value_or(false), "bfloat16 products have units of their own"};
+  return {Route::fused, recompute.value_or(hidden <= recompute_weights),
+          wanted == Route::fused ? "asked for" : "float32 and float64 on the CPU"};
+}
 
 struct Shape {
   int64_t rows = 0, input = 0, width = 0;  // N, m, d
   std::vector<int64_t> widths;             // n_1 .. n_K
   bool dense = false;                      // a dense embedding: A B is formed once per call
   int64_t real_bytes = 4;                  // of what is saved: 8 for float64, else 4
-  int64_t operand_bytes = 4;               // of a dense embedding's A B
+  int64_t operand_bytes = 4;               // of the operands of products
 };
 
 struct Plan {
   std::string route, reason;
+  bool recompute = false;
   double map_flops = 0, training_flops = 0;  // multiply-adds counted as two; the pointwise steps are not counted
   int64_t saved_bytes = 0;                   // from forward to backward, besides inputs and weights
 };
 
-inline Plan plan(const Shape& s) {
+inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   int64_t units = 0, hidden = 0;  // S, sum n_k n_{k-1} + n_K
   for (size_t k = 0; k < s.widths.size(); ++k) {
     units += s.widths[k];
@@ -29,16 +59,23 @@ inline Plan plan(const Shape& s) {
   }
   const double n = double(s.rows), skip_in = double(s.input) * (units + 1), skip_out = double(s.width) * (units + 1);
   const double embedding = s.dense ? 2.0 * s.width * skip_in : 0;  // A B
+  const auto choice = choose({s.widths, s.operand_bytes >= 4}, wanted, recompute);
   Plan p;
-  p.route = "matmul";
-  p.reason = "the only route so far: any size, any dtype";
+  p.route = choice.route == Route::fused ? "fused" : "matmul";
+  p.reason = choice.reason;
+  p.recompute = choice.recompute;
   // up with P = x (A B)^T, down with T = D A
   p.map_flops = 2 * n * (skip_in + skip_out + 2 * hidden) + embedding;
   // tangents up with P' = v A^T, adjoints down with D' A B, then D'^T x (m wide) and D^T v (d wide) and the
   // two-term gradients of the hidden weights; B^T once more for a dense embedding
   p.training_flops = 2 * n * (2 * skip_in + 2 * skip_out + 4 * hidden) + 2 * embedding;
-  p.saved_bytes = s.real_bytes * s.rows * (units + 1 + units - s.widths.back()) +
-                  (s.dense ? s.operand_bytes * (units + 1) * s.input : 0);
+  if (p.recompute) {
+    p.training_flops += p.map_flops;
+  } else {
+    const int64_t rows = choice.route == Route::fused ? (s.rows + 15) / 16 * 16 : s.rows;
+    p.saved_bytes = s.real_bytes * rows * (units + 1 + units - s.widths.back()) +
+                    (s.dense ? s.operand_bytes * (units + 1) * s.input : 0);
+  }
   return p;
 }
 

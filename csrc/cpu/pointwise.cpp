@@ -1,30 +1,16 @@
 #include "cpu/pointwise.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
-#include <string>
 #include <type_traits>
 #include <vector>
+
+#include "cpu/instruction_set.h"
 
 namespace ilvae::cpu {
 
 namespace {
-
-enum class Isa { baseline, avx2, avx512 };
-
-Isa isa() {
-  static const Isa best = [] {
-#if defined(ILVAE_X86)
-    const std::string capability = at::get_cpu_capability();
-    if (capability.starts_with("AVX512")) return Isa::avx512;
-    if (capability.starts_with("AVX2")) return Isa::avx2;
-#endif
-    return Isa::baseline;
-  }();
-  return best;
-}
 
 const AllRowKernels& row_kernels() {
 #if defined(ILVAE_X86)
@@ -83,16 +69,5 @@ const PointwiseKernels<Real, Operand>& pointwise_kernels() {
 template const PointwiseKernels<double, double>& pointwise_kernels();
 template const PointwiseKernels<float, float>& pointwise_kernels();
 template const PointwiseKernels<float, bfloat16>& pointwise_kernels();
-
-const char* instruction_set() {
-  switch (isa()) {
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
-}
 
 }  // namespace ilvae::cpu

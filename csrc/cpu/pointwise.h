@@ -33,11 +33,8 @@ extern const AllRowKernels kernels;
 }
 #endif
 
-// Multi-threaded kernels for the best instruction set that torch reports (ATEN_CPU_CAPABILITY lowers it).
+// Multi-threaded kernels for the instruction set in use.
 template <class Real, class Operand>
 const PointwiseKernels<Real, Operand>& pointwise_kernels();
-
-// "avx512", "avx2" or "baseline".
-const char* instruction_set();
 
 }  // namespace ilvae::cpu

@@ -1,0 +1,369 @@
+#include "cpu/fused.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/instruction_set.h"
+
+namespace ilvae::cpu {
+
+namespace {
+
+// Flops below which a second thread costs more than it brings (benchmarks/NOTES.md).
+constexpr double serial_flops = 2e6;
+// Operands of the weight gradients above which rows are worked through in chunks: of one thread, of all together.
+constexpr int64_t chunk_bytes = int64_t(1) << 20, shared_bytes = int64_t(64) << 20;
+
+template <class T>
+const FusedKernels<T>& kernels() {
+  const auto& all = [&]() -> const AllFusedKernels& {
+#if defined(ILVAE_X86)
+    if (isa() == Isa::avx512) return avx512::fused_kernels;
+    if (isa() == Isa::avx2) return avx2::fused_kernels;
+#endif
+    return baseline::fused_kernels;
+  }();
+  if constexpr (std::is_same_v<T, double>) {
+    return all.float64;
+  } else {
+    return all.float32;
+  }
+}
+
+// Memory aligned to cache lines, never initialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t elements) { grow(elements); }
+  T* grow(int64_t elements) {
+    if (elements > size_) {
+      data_.reset();
+      data_.reset(static_cast<T*>(::operator new(elements * sizeof(T), alignment)));
+      size_ = elements;
+    }
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, alignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Memory of a thread and of a call for all its threads, kept from call to call.
+template <class T>
+T* thread_memory(int64_t elements) {
+  thread_local Buffer<T> buffer;
+  return buffer.grow(elements);
+}
+template <class T>
+T* shared_memory(int64_t elements) {
+  thread_local Buffer<T> buffer;
+  return buffer.grow(elements);
+}
+
+int threads_for(int64_t tasks, double flops) {
+  return flops < serial_flops || at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
+}
+
+// Runs task(i) for i < count on `threads` of torch's threads, whoever is free taking the next. Every task writes to
+// places of its own, so results do not depend on who takes what.
+template <class Task>
+void run(int64_t count, int threads, const Task& task) {
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  });
+}
+
+// A function of the batch alone: saved panels outlive changes of the number of threads.
+int64_t tile_lanes(int64_t rows, int64_t most) { return std::min(most, padded_rows((rows + 1) / 2)); }
+
+std::vector<Tile> tiles_of(int64_t begin, int64_t end, int64_t lanes) {
+  std::vector<Tile> tiles;
+  for (int64_t row = begin; row < end; row += lanes) {
+    const int64_t rows = std::min(lanes, end - row);
+    tiles.push_back({int64_t(tiles.size()), row - begin, row, rows, std::min(lanes, padded_rows(rows))});
+  }
+  return tiles;
+}
+
+template <class T>
+double sweep_flops(const Network<T>& net) {  // of a row
+  double flops = double(net.width + net.input) * (net.units + 1);
+  for (int64_t l = 1; l < net.layers; ++l) flops += 2.0 * net.hidden[l].width * net.hidden[l - 1].width;
+  return 2 * flops + 40.0 * net.units;  // and the activations, roughly
+}
+
+}  // namespace
+
+template <class T>
+void fused_map(const Network<T>& net, const MapArguments<T>& c) {
+  const auto& k = kernels<T>();
+  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.panel_lanes));
+  const int64_t elements = k.map_scratch(net);
+  const int threads = threads_for(tiles.size(), sweep_flops(net) * c.rows);
+  run(tiles.size(), threads, [&](int64_t i) { k.map(net, c, tiles[i], thread_memory<T>(elements)); });
+}
+
+template <class T>
+void fused_jvp(const Network<T>& net, const JvpArguments<T>& c) {
+  const auto& k = kernels<T>();
+  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.panel_lanes));
+  const int64_t elements = k.training_scratch(net);
+  const int threads = threads_for(tiles.size(), 2 * sweep_flops(net) * c.rows);
+  run(tiles.size(), threads, [&](int64_t i) { k.jvp(net, c, tiles[i], thread_memory<T>(elements)); });
+}
+
+namespace {
+
+// Where the parameter gradients of a call go, and what they need of a chunk of tiles.
+template <class T>
+class Gradients {
+ public:
+  Gradients(const Network<T>& net, const ParameterGradients<T>& wanted, bool tangent)
+      : net_(net), wanted_(wanted), kernels_(kernels<T>()), h_(net.layers), h_tangent_(net.layers) {
+    const bool dense = net.embedding != nullptr;
+    narrow_ = net.width <= narrow_width;
+    bool d = wanted.skip_weight || wanted.narrow || wanted.bias;
+    for (int64_t l = 0; l < net.layers; ++l) d = d || wanted.weights[l];
+    if (d) want(&kept_.d_tangent, net.units + 1);
+    if (d && tangent) want(&kept_.d, net.units + 1);
+    for (int64_t l = 0; l < net.layers; ++l) {
+      if (!wanted.weights[l]) continue;
+      const int64_t width = net.hidden[l].width, elements = l + 1 < net.layers ? whole_vectors(width) : width;
+      want(&h_[l], elements);
+      if (tangent) want(&h_tangent_[l], elements);
+    }
+    if (dense ? wanted.narrow : wanted.skip_weight) {
+      want(&kept_.x, narrow_ ? net.input : whole_vectors(dense ? net.input : net.width));
+    }
+    if (tangent && wanted.skip_weight) want(&kept_.v, narrow_ ? net.width : whole_vectors(net.width));
+    if (wanted.inverse_lipschitz) want(&kept_.constant_terms, 1);
+    for_each(wanted, [&](T*, int64_t count) { parameters_ += count; });
+  }
+  Gradients(const Gradients&) = delete;
+
+  int64_t elements_per_lane() const { return per_lane_; }
+  int64_t parameters() const { return parameters_; }
+
+  // Lays the operands of `lanes` lanes out in memory.
+  const Operands<T>& place(T* memory, int64_t lanes) {
+    for (const auto& [pointer, elements] : wishes_) {
+      *pointer = memory;
+      memory += elements * lanes;
+    }
+    kept_.h = h_.data();
+    kept_.h_tangent = h_tangent_.data();
+    return kept_;
+  }
+
+  // Pieces of work: rows [begin, end) of a panel of a gradient; all sums over rows.
+  struct Piece {
+    WeightGradient<T> gradient;
+    int64_t panel, begin, end;
+  };
+  // The gradients of a chunk that was swept into the placed operands, in pieces of at most `height` rows.
+  std::vector<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t threads) const {
+    std::vector<Piece> result;
+    const auto split = [&](T* gradient, int64_t rows, int64_t columns, int64_t first_unit, bool dot, const T* right,
+                           int64_t right_columns, const T* right_tangent) {
+      if (!gradient) return;
+      const WeightGradient<T> g{.gradient = gradient,
+                                .rows = rows,
+                                .columns = columns,
+                                .dot = dot,
+                                .left = {right ? kept_.d_tangent : nullptr, right_tangent ? kept_.d : nullptr},
+                                .right = {right, right_tangent},
+                                .left_units = net_.units + 1,
+                                .first_unit = first_unit,
+                                .right_columns = {right_columns, columns},
+                                .add = add};
+      const int64_t panels = dot ? 1 : (columns + kernels_.panel_lanes - 1) / kernels_.panel_lanes;
+      // a column panel of this many rows stays in the L2 cache; every thread gets about two
+      const int64_t height = std::min<int64_t>(252, threads == 1 ? rows : (rows / (2 * threads) + 11) / 12 * 12 + 12);
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t row = 0; row < rows; row += height) result.push_back({g, p, row, std::min(rows, row + height)});
+      }
+    };
+    const int64_t units = net_.units + 1, last = net_.layers - 1;
+    split(target.skip_weight, units, net_.width, 0, narrow_, net_.embedding ? nullptr : kept_.x, net_.input, kept_.v);
+    split(target.narrow, units, net_.input, 0, narrow_, kept_.x, net_.input, nullptr);
+    for (int64_t l = 0; l < last; ++l) {
+      const int64_t width = net_.hidden[l].width;
+      split(target.weights[l], net_.hidden[l + 1].width, width, net_.hidden[l + 1].first, false, h_[l], width,
+            h_tangent_[l]);
+    }
+    const int64_t width = net_.hidden[last].width;
+    split(target.weights[last], 1, width, net_.units, true, h_[last], width, h_tangent_[last]);
+    return result;
+  }
+
+  // The sums over rows: grad_b and grad_L.
+  void sums(const ParameterGradients<T>& target, const std::vector<Tile>& tiles, bool add) const {
+    if (target.bias) kernels_.sum_rows(target.bias, kept_.d_tangent, net_.units + 1, tiles.data(), tiles.size(), add);
+    if (target.inverse_lipschitz) {
+      T sum = add ? *target.inverse_lipschitz : T(0);
+      for (const auto& tile : tiles) sum += kept_.constant_terms[tile.index];
+      *target.inverse_lipschitz = sum;
+    }
+  }
+
+  // The same gradients in other memory, one after the other.
+  ParameterGradients<T> elsewhere(T* memory, std::vector<T*>& weights) const {
+    ParameterGradients<T> other = wanted_;
+    weights.assign(wanted_.weights, wanted_.weights + net_.layers);
+    const auto move = [&](T*& pointer, int64_t count) {
+      if (!pointer) return;
+      pointer = memory;
+      memory += count;
+    };
+    move(other.skip_weight, (net_.units + 1) * net_.width);
+    move(other.narrow, (net_.units + 1) * net_.input);
+    move(other.bias, net_.units + 1);
+    move(other.inverse_lipschitz, 1);
+    for (int64_t l = 0; l < net_.layers; ++l) move(weights[l], weight_elements(l));
+    other.weights = weights.data();
+    return other;
+  }
+
+  // body(pointer, elements) for every gradient, in the order of elsewhere().
+  template <class Body>
+  void for_each(const ParameterGradients<T>& g, const Body& body) const {
+    if (g.skip_weight) body(g.skip_weight, (net_.units + 1) * net_.width);
+    if (g.narrow) body(g.narrow, (net_.units + 1) * net_.input);
+    if (g.bias) body(g.bias, net_.units + 1);
+    if (g.inverse_lipschitz) body(g.inverse_lipschitz, int64_t(1));
+    for (int64_t l = 0; l < net_.layers; ++l) {
+      if (g.weights[l]) body(g.weights[l], weight_elements(l));
+    }
+  }
+
+ private:
+  int64_t whole_vectors(int64_t columns) const {
+    const int64_t n = kernels_.vector_lanes;
+    return (columns + n - 1) / n * n;
+  }
+  int64_t weight_elements(int64_t l) const {
+    return net_.hidden[l].width * (l + 1 < net_.layers ? net_.hidden[l + 1].width : 1);
+  }
+  void want(T** pointer, int64_t elements) {
+    wishes_.push_back({pointer, elements});
+    per_lane_ += elements;
+  }
+
+  const Network<T>& net_;
+  const ParameterGradients<T> wanted_;
+  const FusedKernels<T>& kernels_;
+  bool narrow_ = false;
+  std::vector<T*> h_, h_tangent_;
+  Operands<T> kept_;
+  std::vector<std::pair<T**, int64_t>> wishes_;
+  int64_t per_lane_ = 0, parameters_ = 0;
+};
+
+// Every thread takes a share of the rows through sweeps and weight gradients, a chunk that fits its L2 cache at a time;
+// the shares of the gradients are added in order. For small networks: operands never leave their core.
+template <class T>
+void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
+                      int64_t lanes, int threads) {
+  const auto& k = kernels<T>();
+  const bool tangent = c.map_cotangent != nullptr;
+  const int64_t elements = k.training_scratch(net);
+  const int64_t tiles_in_all = (c.rows + lanes - 1) / lanes;
+  const int64_t parameters = threads > 1 ? Gradients<T>(net, wanted, tangent).parameters() : 0;
+  T* const partial = threads > 1 ? shared_memory<T>(parameters * (threads - 1)) : nullptr;
+  run(threads, threads, [&](int64_t share) {
+    Gradients<T> gradients(net, wanted, tangent);
+    std::vector<T*> weights;
+    const auto target = share == 0 ? wanted : gradients.elsewhere(partial + (share - 1) * parameters, weights);
+    const int64_t per_lane = gradients.elements_per_lane();
+    const int64_t chunk =
+        std::max<int64_t>(1, chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes)) * lanes;
+    const int64_t begin = tiles_in_all * share / threads * lanes;
+    const int64_t end = std::min(c.rows, tiles_in_all * (share + 1) / threads * lanes);
+    for (int64_t row = begin; row < end; row += chunk) {
+      const auto tiles = tiles_of(row, std::min(end, row + chunk), lanes);
+      T* const memory = thread_memory<T>(elements + per_lane * std::min(chunk, padded_rows(end - row)));
+      const auto& kept = gradients.place(memory + elements, tiles.back().offset + tiles.back().lanes);
+      for (const auto& tile : tiles) k.training(net, c, kept, tile, memory);
+      for (const auto& piece : gradients.pieces(target, row > begin, 1)) {
+        k.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
+      }
+      gradients.sums(target, tiles, row > begin);
+    }
+  });
+  if (threads > 1) {
+    const Gradients<T> gradients(net, wanted, tangent);
+    int64_t offset = 0;
+    gradients.for_each(wanted, [&](T* gradient, int64_t count) {
+      for (int share = 1; share < threads; ++share) {
+        const T* const part = partial + (share - 1) * parameters + offset;
+        for (int64_t i = 0; i < count; ++i) gradient[i] += part[i];
+      }
+      offset += count;
+    });
+  }
+}
+
+// Threads share the tiles of a chunk, then the elements of the weight gradients. For large networks: gradients are
+// written once.
+template <class T>
+void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
+                           int64_t lanes, int threads) {
+  const auto& k = kernels<T>();
+  Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  const int64_t elements = k.training_scratch(net), per_lane = gradients.elements_per_lane();
+  const int64_t affordable = shared_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes);
+  const int64_t chunk = std::max<int64_t>(2 * threads, affordable) * lanes;
+  for (int64_t row = 0; row < c.rows; row += chunk) {
+    const auto tiles = tiles_of(row, std::min(c.rows, row + chunk), lanes);
+    const int64_t all_lanes = tiles.back().offset + tiles.back().lanes;
+    const auto& kept = gradients.place(shared_memory<T>(per_lane * all_lanes), all_lanes);
+    run(tiles.size(), threads, [&](int64_t i) { k.training(net, c, kept, tiles[i], thread_memory<T>(elements)); });
+    const auto pieces = gradients.pieces(wanted, row > 0, threads);
+    run(pieces.size() + 1, threads, [&](int64_t i) {
+      if (i == int64_t(pieces.size())) return gradients.sums(wanted, tiles, row > 0);
+      const auto& piece = pieces[i];
+      k.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
+    });
+  }
+}
+
+}  // namespace
+
+template <class T>
+void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted) {
+  if (c.rows == 0) return;
+  const int64_t lanes = tile_lanes(c.rows, kernels<T>().panel_lanes), tiles = (c.rows + lanes - 1) / lanes;
+  const int threads = threads_for(tiles, 2 * sweep_flops(net) * c.rows);
+  const Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  // elements moved: shares of gradients written and read, or operands read on another core
+  const bool by_rows = threads == 1 || 2 * gradients.parameters() * threads < gradients.elements_per_lane() * c.rows;
+  by_rows ? training_by_rows(net, c, wanted, lanes, threads) : training_by_gradients(net, c, wanted, lanes, threads);
+}
+
+template void fused_map(const Network<float>&, const MapArguments<float>&);
+template void fused_map(const Network<double>&, const MapArguments<double>&);
+template void fused_jvp(const Network<float>&, const JvpArguments<float>&);
+template void fused_jvp(const Network<double>&, const JvpArguments<double>&);
+template void fused_training_terms(const Network<float>&, const TrainingArguments<float>&,
+                                   const ParameterGradients<float>&);
+template void fused_training_terms(const Network<double>&, const TrainingArguments<double>&,
+                                   const ParameterGradients<double>&);
+
+}  // namespace ilvae::cpu

@@ -1,0 +1,149 @@
+// The fused route on the CPU: a tile of rows goes through the whole network in the caches of one core. This header is
+// the contract between the tensors (fused_route.cpp), the schedule (fused.cpp) and the tiles of an instruction set
+// (fused_tile.h).
+//
+// Inside a tile every matrix has one row per unit and one column per row of the batch, a *panel*: element (unit j, row
+// r) lies at j * lanes + r. A full tile has `tile_rows` lanes; the last may have fewer, always a multiple of
+// row_padding. Lanes beyond the batch hold x = v = 0 and u = 0, so that D', h' and a' are zero there and gradients need
+// no masks. Where the panels of all tiles lie in one array, those of a tile start at (lanes of the tiles before) *
+// units. Symbols are those of the design.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/activations.h"
+
+namespace ilvae::cpu {
+
+// Saved panels are padded to a multiple of this many rows, whatever the instruction set.
+inline constexpr int64_t row_padding = 16;
+inline int64_t padded_rows(int64_t rows) { return (rows + row_padding - 1) / row_padding * row_padding; }
+
+struct HiddenUnits {
+  int64_t width = 0, first = 0;  // n_k and the first packed row
+  Activation activation;
+};
+
+template <class T>
+struct Network {
+  int64_t input = 0, width = 0, units = 0, layers = 0, widest = 0;  // m, d, S, K, max n_k
+  const HiddenUnits* hidden = nullptr;                              // (K)
+  Activation output_activation;
+  const T* skip_weight = nullptr;      // A (S+1, d)
+  const T* embedded_weight = nullptr;  // A B (S+1, m), rows embedded_stride apart
+  int64_t embedded_stride = 0;
+  const T* embedding = nullptr;       // B (d, m), or null: the padded identity
+  const T* bias = nullptr;            // b (S+1)
+  const T* const* weights = nullptr;  // W_2 .. W_K, w
+  T inverse_lipschitz = 0;
+};
+
+// Rows are contiguous: x (N, m), map and map_cotangent (N, d), potential and its cotangent (N).
+template <class T>
+struct MapArguments {
+  int64_t rows = 0;
+  const T* x = nullptr;
+  T *potential = nullptr, *map = nullptr;            // null where not wanted
+  T *preactivations = nullptr, *adjoints = nullptr;  // panels of [a_1 .. a_K o] and [g_1 .. g_{K-1}], or null
+};
+
+template <class T>
+struct TrainingArguments {
+  int64_t rows = 0;
+  const T *x = nullptr, *map_cotangent = nullptr, *potential_cotangent = nullptr;  // x, v, u; one of v, u may be null
+  const T *preactivations = nullptr, *adjoints = nullptr;                          // as saved, or null
+  int64_t lowest = 0;   // the sweep goes down to this hidden layer (K: stops at the output unit)
+  T* grad_x = nullptr;  // (N, m)
+};
+
+template <class T>
+struct JvpArguments {
+  int64_t rows = 0;
+  const T *x = nullptr, *tangent = nullptr;  // (N, m)
+  T *map = nullptr, *map_tangent = nullptr;  // (N, d)
+};
+
+// Operands of the weight gradients of a chunk of tiles; null where not wanted.
+template <class T>
+struct Operands {
+  T *d_tangent = nullptr, *d = nullptr;    // panels of D' and D, S+1 units
+  T **h = nullptr, **h_tangent = nullptr;  // (K) each: h_k and h'_k, k < K in row panels, k = K in panels
+  T *x = nullptr, *v = nullptr;            // in row panels, or, where width <= narrow_width, in panels
+  T* constant_terms = nullptr;             // (tiles)
+};
+
+// A gradient C (rows, columns) = sum over the rows of the batch of left_0 right_0 + left_1 right_1; the second pair may
+// be absent. left: panels. right: *row panels*, where element (row r, column j) of a tile lies at
+// p * panel_lanes * lanes + r * w + j - p * panel_lanes with p = j / panel_lanes and w the columns of panel p padded to
+// whole vectors; or panels (`dot`).
+template <class T>
+struct WeightGradient {
+  T* gradient = nullptr;
+  int64_t rows = 0, columns = 0;
+  bool dot = false;
+  const T *left[2] = {}, *right[2] = {};
+  int64_t left_units = 0, first_unit = 0;  // units in a left panel, the first used
+  int64_t right_columns[2] = {};           // <= columns: the others get nothing from this pair
+  bool add = false;                        // to what earlier chunks left
+};
+
+struct Tile {
+  int64_t index = 0, offset = 0;               // in its chunk: how many tiles and lanes lie before
+  int64_t first_row = 0, rows = 0, lanes = 0;  // all tiles but the last have as many rows as lanes
+};
+
+// What an instruction set provides.
+template <class T>
+struct FusedKernels {
+  int64_t panel_lanes, vector_lanes;          // of a full tile or panel; of a vector
+  int64_t (*map_scratch)(const Network<T>&);  // elements
+  int64_t (*training_scratch)(const Network<T>&);
+  void (*map)(const Network<T>&, const MapArguments<T>&, const Tile&, T* scratch);
+  void (*training)(const Network<T>&, const TrainingArguments<T>&, const Operands<T>&, const Tile&, T* scratch);
+  void (*jvp)(const Network<T>&, const JvpArguments<T>&, const Tile&, T* scratch);  // as much scratch as training
+  // Rows [begin, end) of panel `panel` of the gradient (dot: of all columns), over the tiles of the chunk.
+  void (*weight_gradient)(const WeightGradient<T>&, const Tile* tiles, int64_t count, int64_t panel, int64_t begin,
+                          int64_t end);
+  // gradient[i] (+)= sum over rows of unit i of panels with `units` units.
+  void (*sum_rows)(T* gradient, const T* panels, int64_t units, const Tile* tiles, int64_t count, bool add);
+};
+
+struct AllFusedKernels {
+  FusedKernels<double> float64;
+  FusedKernels<float> float32;
+};
+
+namespace baseline {
+extern const AllFusedKernels fused_kernels;
+}
+#if defined(ILVAE_X86)
+namespace avx2 {
+extern const AllFusedKernels fused_kernels;
+}
+namespace avx512 {
+extern const AllFusedKernels fused_kernels;
+}
+#endif
+
+// grad_A of at most this width is a dot product along the rows of the batch: there a row panel would be mostly padding.
+inline constexpr int64_t narrow_width = 8;
+
+// Gradients wanted besides those in TrainingArguments; null where not.
+template <class T>
+struct ParameterGradients {
+  T* skip_weight = nullptr;        // (S+1, d): D'^T x B^T + D^T v; with a dense embedding D^T v alone
+  T* narrow = nullptr;             // (S+1, m): D'^T x, with a dense embedding
+  T* bias = nullptr;               // (S+1)
+  T* inverse_lipschitz = nullptr;  // (1)
+  T* const* weights = nullptr;     // (K), each null where not wanted
+};
+
+template <class T>
+void fused_map(const Network<T>&, const MapArguments<T>&);
+template <class T>
+void fused_jvp(const Network<T>&, const JvpArguments<T>&);
+template <class T>
+void fused_training_terms(const Network<T>&, const TrainingArguments<T>&, const ParameterGradients<T>&);
+
+}  // namespace ilvae::cpu

@@ -1,0 +1,2 @@
+#define ILVAE_ISA avx2
+#include "cpu/fused_tile.h"

@@ -1,0 +1,2 @@
+#define ILVAE_ISA avx512
+#include "cpu/fused_tile.h"

@@ -1,0 +1,2 @@
+#define ILVAE_ISA baseline
+#include "cpu/fused_tile.h"

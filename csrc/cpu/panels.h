@@ -1,0 +1,151 @@
+// Matrix products on panels. Part of fused_tile.h.
+//
+// A panel (k, lanes) has `lanes` contiguous elements for each k, a whole number of vectors, at most panel_vectors. The
+// left factor is read where it lies: element (i, p) at a[i * stride + p] (Order::rows) or at a[p * stride + i]
+// (Order::columns, a transposed factor), so that neither direction of a sweep packs the weights.
+#pragma once
+
+#include "cpu/vectors.h"
+
+namespace ilvae::cpu::ILVAE_ISA {
+
+enum class Order { rows, columns };
+
+// One term of a sum of products: (rows, depth) times a panel (depth, lanes).
+template <class T>
+struct Term {
+  const T* a;
+  int64_t stride;
+  const T* panel;
+  int64_t depth;
+};
+
+inline constexpr int block_rows = 6;
+// Depth of the pieces that are worked through for all rows before the next: their panel stays in the L1 cache.
+inline constexpr int64_t piece_bytes = 36 * 1024;
+
+namespace detail {
+
+template <Order order, int rows, int vectors, class T>
+ILVAE_INLINE void accumulate(Vector<T> (&sum)[rows][vectors], const T* a, int64_t stride, const T* panel,
+                             int64_t depth) {
+  constexpr int n = lanes_of<T>;
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t begin = 0; begin < depth; begin += line) {
+    const int64_t end = depth - begin < line ? depth : begin + line;
+    if constexpr (order == Order::rows) {
+      // the rows of the next block, too short a run for the hardware to see in time
+      for (int i = 0; i < rows; ++i) __builtin_prefetch(a + (i + block_rows) * stride + begin, 0, 2);
+    }
+#pragma GCC unroll 2
+    for (int64_t p = begin; p < end; ++p) {
+      if constexpr (order == Order::columns) __builtin_prefetch(a + p * stride + rows - 1 + line, 0, 2);
+      Vector<T> b[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) b[v] = load(panel + (p * vectors + v) * n);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; ++i) {
+        const T scalar = order == Order::rows ? a[i * stride + p] : a[p * stride + i];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[i][v] += scalar * b[v];
+      }
+    }
+  }
+}
+
+// c = bias + sum of terms (bias may be null), or c += with `add`; for `rows` rows of c from row i.
+template <Order order, int rows, int vectors, class T>
+ILVAE_INLINE void block(T* c, int64_t c_stride, const T* bias, bool add, const Term<T>* terms, int count, int64_t i) {
+  constexpr int n = lanes_of<T>;
+  Vector<T> sum[rows][vectors];
+  T* const corner = c + i * c_stride;
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      sum[r][v] = Vector<T>{};
+      if (add) sum[r][v] = load(corner + r * c_stride + v * n);
+      if (bias) sum[r][v] += bias[i + r];
+    }
+  }
+  for (int t = 0; t < count; ++t) {
+    const auto& term = terms[t];
+    accumulate<order>(sum, term.a + (order == Order::rows ? i * term.stride : i), term.stride, term.panel, term.depth);
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(corner + r * c_stride + v * n, sum[r][v]);
+  }
+}
+
+template <Order order, int vectors, class T>
+static void all_rows(T* c, int64_t c_stride, int64_t rows, const T* bias, bool add, const Term<T>* terms, int count) {
+  int64_t i = 0;
+  for (; i + block_rows <= rows; i += block_rows) {
+    block<order, block_rows, vectors>(c, c_stride, bias, add, terms, count, i);
+  }
+  switch (rows - i) {
+    case 5:
+      return block<order, 5, vectors>(c, c_stride, bias, add, terms, count, i);
+    case 4:
+      return block<order, 4, vectors>(c, c_stride, bias, add, terms, count, i);
+    case 3:
+      return block<order, 3, vectors>(c, c_stride, bias, add, terms, count, i);
+    case 2:
+      return block<order, 2, vectors>(c, c_stride, bias, add, terms, count, i);
+    case 1:
+      return block<order, 1, vectors>(c, c_stride, bias, add, terms, count, i);
+  }
+}
+
+template <Order order, class T>
+static void with_lanes(int64_t lanes, T* c, int64_t c_stride, int64_t rows, const T* bias, bool add,
+                       const Term<T>* terms, int count) {
+  switch (lanes / lanes_of<T>) {
+    case 1:
+      return all_rows<order, 1>(c, c_stride, rows, bias, add, terms, count);
+    case 2:
+      return all_rows<order, 2>(c, c_stride, rows, bias, add, terms, count);
+#if defined(__AVX512F__)
+    case 3:
+      return all_rows<order, 3>(c, c_stride, rows, bias, add, terms, count);
+    case 4:
+      return all_rows<order, 4>(c, c_stride, rows, bias, add, terms, count);
+#endif
+  }
+}
+
+}  // namespace detail
+
+// c (rows, lanes) = bias + sum of terms, bias (rows) or null; with `add` the old c is added too. The terms are summed
+// in their order, in pieces whose panels fit the L1 cache.
+template <Order order, class T>
+static void multiply(int64_t lanes, T* c, int64_t c_stride, int64_t rows, const T* bias, bool add, const Term<T>* terms,
+                     int count) {
+  const int64_t limit = piece_bytes / (lanes * int64_t(sizeof(T)));
+  Term<T> group[2];
+  int grouped = 0;
+  int64_t depth = 0;
+  const auto flush = [&] {
+    detail::with_lanes<order>(lanes, c, c_stride, rows, bias, add, group, grouped);
+    bias = nullptr;
+    add = true;
+    grouped = 0;
+    depth = 0;
+  };
+  for (int t = 0; t < count; ++t) {
+    const auto& term = terms[t];
+    const int64_t pieces = (term.depth + limit - 1) / limit;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t begin = term.depth * i / pieces, length = term.depth * (i + 1) / pieces - begin;
+      if (grouped == 2 || (grouped == 1 && depth + length > limit)) flush();
+      group[grouped++] = {term.a + (order == Order::rows ? begin : begin * term.stride), term.stride,
+                          term.panel + begin * lanes, length};
+      depth += length;
+    }
+  }
+  if (grouped || !add) flush();
+}
+
+}  // namespace ilvae::cpu::ILVAE_ISA

@@ -1,0 +1,186 @@
+#include "fused_route.h"
+
+#include <algorithm>
+
+#include "cpu/fused.h"
+
+namespace ilvae::fused {
+
+namespace {
+
+using at::Tensor;
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+
+// The network of a problem for the kernels, and the contiguous tensors that it points to.
+template <class T>
+class Operands {
+ public:
+  // `embedded_weight`: A B as saved, or undefined
+  Operands(const Problem& p, Tensor embedded_weight)
+      : x_(p.x.to(p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
+    if (p.embedding.defined()) {
+      embedding_ = p.embedding.to(p.real).contiguous();
+      embedded_weight_ = embedded_weight.defined() ? embedded_weight : at::mm(skip_weight_, embedding_);
+    }
+    for (const auto& w : p.weights) {
+      held_.push_back(w.contiguous());
+      weights_.push_back(pointer<T>(held_.back()));
+    }
+    for (size_t l = 0; l < p.layers(); ++l) hidden_[l] = {p.widths[l], p.offsets[l], p.activations[l]};
+    network_.input = p.input;
+    network_.width = p.width;
+    network_.units = p.units;
+    network_.layers = p.layers();
+    network_.widest = *std::max_element(p.widths.begin(), p.widths.end());
+    network_.hidden = hidden_.data();
+    network_.output_activation = p.activations.back();
+    network_.skip_weight = pointer<T>(skip_weight_);
+    network_.embedded_weight = embedding_.defined() ? pointer<T>(embedded_weight_) : pointer<T>(skip_weight_);
+    network_.embedded_stride = embedding_.defined() ? p.input : p.width;
+    network_.embedding = pointer<T>(embedding_);
+    network_.bias = pointer<T>(p.bias);
+    network_.weights = weights_.data();
+    network_.inverse_lipschitz = *pointer<T>(p.inverse_lipschitz);
+  }
+  Operands(const Operands&) = delete;
+
+  const cpu::Network<T>& network() const { return network_; }
+  const Tensor& x() const { return x_; }
+  const Tensor& skip_weight() const { return skip_weight_; }
+  const Tensor& embedding() const { return embedding_; }
+  const Tensor& embedded_weight() const { return embedded_weight_; }
+
+ private:
+  Tensor x_, skip_weight_, embedding_, embedded_weight_;
+  std::vector<Tensor> held_;
+  std::vector<const T*> weights_;
+  std::vector<cpu::HiddenUnits> hidden_;
+  cpu::Network<T> network_;
+};
+
+template <class T>
+Values potential_and_map_of(const Problem& p, bool want_potential, bool want_map, bool save) {
+  const Operands<T> operands(p, {});
+  Values values;
+  cpu::MapArguments<T> c;
+  c.rows = p.rows;
+  c.x = pointer<T>(operands.x());
+  if (want_potential) values.potential = at::empty({p.rows}, p.options(p.real));
+  if (want_map) values.map = at::empty({p.rows, p.width}, p.options(p.real));
+  if (save) {
+    const auto panels = [&](int64_t units) { return at::empty({cpu::padded_rows(p.rows), units}, p.options(p.real)); };
+    const auto none = [&] { return at::empty({0}, p.options(p.real)); };
+    values.saved = {panels(p.units + 1), want_map ? panels(p.units - p.widths.back()) : none(),
+                    p.embedding.defined() ? operands.embedded_weight() : none()};
+    c.preactivations = pointer<T>(values.saved[0]);
+    if (want_map) c.adjoints = pointer<T>(values.saved[1]);
+  }
+  c.potential = pointer<T>(values.potential);
+  c.map = pointer<T>(values.map);
+  cpu::fused_map(operands.network(), c);
+  return values;
+}
+
+template <class T>
+std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, const Tensor& u_any, at::TensorList saved,
+                                      const std::vector<bool>& wanted) {
+  const bool tangent = v_any.defined(), dense = p.embedding.defined();
+  const auto v = tangent ? v_any.to(p.real).contiguous() : Tensor();
+  const auto u = u_any.defined() ? u_any.to(p.real).contiguous() : Tensor();
+  const Operands<T> operands(p, saved.empty() || !dense ? Tensor() : saved[2]);
+  std::vector<Tensor> result(wanted.size());
+  const auto make = [&](size_t i, at::IntArrayRef sizes) {
+    // kernels write every element, unless there is no row to sum over
+    result[i] = p.rows ? at::empty(sizes, p.options(p.real)) : at::zeros(sizes, p.options(p.real));
+    return pointer<T>(result[i]);
+  };
+
+  cpu::TrainingArguments<T> c;
+  cpu::ParameterGradients<T> gradients;
+  std::vector<T*> weight_gradients(p.layers());
+  gradients.weights = weight_gradients.data();
+  c.rows = p.rows;
+  c.x = pointer<T>(operands.x());
+  c.map_cotangent = pointer<T>(v);
+  c.potential_cotangent = pointer<T>(u);
+  if (!saved.empty()) {
+    c.preactivations = pointer<T>(saved[0]);
+    c.adjoints = tangent && saved[1].dim() == 2 ? pointer<T>(saved[1]) : nullptr;
+  }
+
+  // How far down: to layer 0, or to the layer above the lowest weight (K: the output unit alone).
+  const bool bottom = wanted[grad_x] || wanted[grad_skip_weight] || wanted[grad_bias] || wanted[grad_embedding];
+  c.lowest = bottom ? 0 : p.layers();
+  for (size_t k = 0; k < p.layers(); ++k) {
+    if (!wanted[grad_weights + k]) continue;
+    weight_gradients[k] = make(grad_weights + k, p.weights[k].sizes());
+    c.lowest = std::min<int64_t>(c.lowest, k + 1);
+  }
+  if (wanted[grad_x]) c.grad_x = make(grad_x, {p.rows, p.input});
+  if (wanted[grad_bias]) gradients.bias = make(grad_bias, {p.units + 1});
+  if (wanted[grad_inverse_lipschitz]) gradients.inverse_lipschitz = make(grad_inverse_lipschitz, {1});
+  Tensor narrow;  // D'^T x, the half of grad_A that has the width of x
+  if (dense && (wanted[grad_skip_weight] || wanted[grad_embedding])) {
+    narrow = at::zeros({p.units + 1, p.input}, p.options(p.real));
+    gradients.narrow = pointer<T>(narrow);
+  }
+  if (wanted[grad_skip_weight]) {
+    if (dense && !tangent) {
+      result[grad_skip_weight] = at::zeros({p.units + 1, p.width}, p.options(p.real));
+    } else {
+      gradients.skip_weight = make(grad_skip_weight, {p.units + 1, p.width});
+    }
+  }
+  cpu::fused_training_terms(operands.network(), c, gradients);
+
+  // With a dense embedding: grad_A += D'^T x B^T ; grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
+  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, operands.embedding().t());
+  if (wanted[grad_embedding]) {
+    auto gradient = at::mm(operands.skip_weight().t(), narrow);
+    const auto& x = operands.x();
+    if (tangent) gradient.add_(at::mm(v.t(), x) * p.inverse_lipschitz);
+    if (u.defined()) {
+      gradient.add_(at::mm(operands.embedding(), at::mm(x.t(), x * u.unsqueeze(1))) * p.inverse_lipschitz);
+    }
+    result[grad_embedding] = gradient;
+  }
+  return result;
+}
+
+template <class T>
+std::pair<Tensor, Tensor> map_jvp_of(const Problem& p, const Tensor& tangent_any) {
+  const Operands<T> operands(p, {});
+  const auto tangent = tangent_any.to(p.real).contiguous();
+  const auto map = at::empty({p.rows, p.width}, p.options(p.real)), map_tangent = at::empty_like(map);
+  cpu::JvpArguments<T> c;
+  c.rows = p.rows;
+  c.x = pointer<T>(operands.x());
+  c.tangent = pointer<T>(tangent);
+  c.map = pointer<T>(map);
+  c.map_tangent = pointer<T>(map_tangent);
+  cpu::fused_jvp(operands.network(), c);
+  return {map, map_tangent};
+}
+
+}  // namespace
+
+Values potential_and_map(const Problem& p, bool want_potential, bool want_map, bool save) {
+  return p.real == at::kDouble ? potential_and_map_of<double>(p, want_potential, want_map, save)
+                               : potential_and_map_of<float>(p, want_potential, want_map, save);
+}
+
+std::vector<Tensor> training_terms(const Problem& p, const Tensor& v, const Tensor& u, at::TensorList saved,
+                                   const std::vector<bool>& wanted) {
+  return p.real == at::kDouble ? training_terms_of<double>(p, v, u, saved, wanted)
+                               : training_terms_of<float>(p, v, u, saved, wanted);
+}
+
+std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
+  return p.real == at::kDouble ? map_jvp_of<double>(p, tangent) : map_jvp_of<float>(p, tangent);
+}
+
+}  // namespace ilvae::fused
