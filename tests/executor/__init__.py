@@ -117,15 +117,23 @@ def _as_numpy(value: Any) -> Any:
 
 class Program:
     """The entries of ``programs/NAME.cpp`` as methods, compiled for one mode; ``defines`` become ``-DNAME=value``.
+    Headers in ``include`` come before those of ``csrc``.
 
     A method takes ints (int64_t), floats (double), None (a null pointer) and contiguous arrays or tensors (pointers),
     and returns what the entry returns as an int64_t. It raises :class:`ExecutorError` with all findings.
     """
 
-    def __init__(self, name: str, mode: str = "plain", defines: Mapping[str, object] | None = None):
+    def __init__(
+        self,
+        name: str,
+        mode: str = "plain",
+        defines: Mapping[str, object] | None = None,
+        include: str | Path | None = None,
+    ):
         self.source = Path(name) if os.path.isabs(name) else HERE / "programs" / f"{name}.cpp"
         self.mode = mode
         self.defines = [f"-D{key}={value}" for key, value in sorted((defines or {}).items())]
+        self.include = [f"-I{include}"] if include else []
         self._library: ctypes.CDLL | None = None
 
     def build(self) -> Path:
@@ -133,7 +141,7 @@ class Program:
         objects = [
             _built(HERE / f"{part}.cpp", ".o", [COMPILER, *FLAGS, *runtime, "-c"]) for part in (RUNTIME)
         ]  # cached, shared by all programs of a mode
-        command = [COMPILER, *FLAGS, *KERNEL_FLAGS, *kernel, *self.defines]
+        command = [COMPILER, *self.include, *FLAGS, *KERNEL_FLAGS, *kernel, *self.defines]
         compiled = _built(self.source, ".o", [*command, "-c"])
         return self._link(compiled, objects, link)
 
