@@ -23,6 +23,7 @@ struct Static {
   OptionalType product_dtype;
   int64_t route = 0;
   bool recompute = false;
+  OptionalType saved_dtype;
   std::vector<Tensor> saved;
 
   void store(AutogradContext* ctx) const {
@@ -98,7 +99,7 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [potential, map, saved] = potential_and_map().call(
         x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.want_potential, s.want_map,
-        /*save=*/!s.recompute, s.product_dtype, s.route, s.recompute);
+        /*save=*/!s.recompute, s.product_dtype, s.route, s.recompute, s.saved_dtype);
     variable_list kept{x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
@@ -224,26 +225,29 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
-    int64_t route, std::optional<bool> recompute) {
+    int64_t route, std::optional<bool> recompute, OptionalType saved_dtype) {
   if (!records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return potential_and_map().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
                                     activation_parameters, want_potential, want_map, save, product_dtype, route,
-                                    recompute);
+                                    recompute, saved_dtype);
   }
   TORCH_CHECK_VALUE(!save, "save: got True, wanted False: autograd saves what it needs itself");
   const Arguments c{
       x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz, embedding.value_or(Tensor()),
       activations, activation_parameters, product_dtype};
-  const bool recomputes = choice_of(c, route, recompute).recompute;
+  // settled here, where even a fake tensor knows its device
+  const auto choice = choice_of(c, route, recompute);
+  const auto operand = c.output_dtype();
   const Static s{activations.vec(),
                  activation_parameters.vec(),
                  want_potential,
                  want_map,
                  0,
                  product_dtype,
-                 route,
-                 recomputes,
+                 int64_t(choice.route),
+                 choice.recompute,
+                 operand == at::kBFloat16 && !x.is_cuda() ? at::kFloat : operand,
                  {}};
   auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1], {}};
@@ -262,7 +266,7 @@ std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_
                                  potential_cotangent, saved, activations, activation_parameters, wanted, product_dtype,
                                  route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, route, false,
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, route, false, {},
                  saved.vec()};
   return TrainingTermsFunction::apply(map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz,
                                       embedding, weights, s);
@@ -278,7 +282,7 @@ std::tuple<Tensor, Tensor> map_jvp_autograd(const Tensor& x, const Tensor& skip_
     return map_jvp().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, tangent, activations,
                           activation_parameters, product_dtype, route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, route, false, {}};
+  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, route, false, {}, {}};
   auto values = MapJvpFunction::apply(tangent, x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1]};
 }

@@ -42,7 +42,7 @@ Choice choice_of(const Arguments&, int64_t route, std::optional<bool> recompute)
 struct Problem {
   explicit Problem(const Arguments& arguments);
 
-  at::ScalarType operand;  // enters matrix products: float64, float32 or bfloat16
+  at::ScalarType operand;  // enters matrix products: float64, float32, bfloat16 or float16
   at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32
   at::ScalarType output;
   int64_t rows, input, width, units;     // N, m, d, S

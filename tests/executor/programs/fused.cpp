@@ -1,5 +1,6 @@
 // The fused kernels of one shape (KIND, WIDTH, INPUT, LAYERS as in launch_tiles), called as the launchers call them.
 #include "cuda/fused.cuh"
+
 #include "cuda/reduce.cuh"
 
 using namespace ilvae;
@@ -10,8 +11,9 @@ extern "C" {
 // What host and device compute of shared memory.
 int64_t shared_bytes(int64_t layers) { return layout(Operands::KIND, WIDTH, INPUT, int(layers), LAYERS > 0).total; }
 
-// sizes: K, d, m, N, element type, output type, type of L, n_1 .. n_K; activations: K + 1 codes. weights: W_2 .. W_K, w, one after
-// another. gradients: [dA | db | dW .. dw | dL] in the element type but dL, a float of its own; partial: scratch.
+// sizes: K, d, m, N, element type, output type, type of L, n_1 .. n_K; activations: K + 1 codes. weights: W_2 .. W_K,
+// w, one after another. gradients: [dA | db | dW .. dw | dL] in the element type but dL, a float of its own; partial:
+// scratch.
 void fused(const int64_t* sizes, const int64_t* activations, const double* parameters, const void* x, const void* skip,
            const void* bias, const unsigned char* weights, const void* constant, const void* v, const void* u,
            void* potential, void* map, void* grad_x, unsigned char* gradients, float* grad_constant, float* partial,
@@ -37,9 +39,9 @@ void fused(const int64_t* sizes, const int64_t* activations, const double* param
   c.v = {v, c.width, type};
   c.u = {u, 1, type};
   c.potential = potential, c.map = map, c.grad_x = grad_x, c.partial = partial;
-  const int rows = tile_rows(Operands::KIND, WIDTH, LAYERS > 0);
+  const int rows = tile_rows(Operands::KIND, WIDTH, LAYERS);
   c.tiles = (c.rows + rows - 1) / rows;
-  executor::launch(dim3(blocks), dim3(block_threads(Operands::KIND, WIDTH)), shared_bytes(c.layers), seed,
+  executor::launch(dim3(blocks), dim3(block_threads(Operands::KIND, WIDTH, LAYERS)), shared_bytes(c.layers), seed,
                    [&] { tile_kernel<Operands::KIND, WIDTH, INPUT, LAYERS>(c); });
   if (LAYERS == 0) return;
   auto r = reduction_of(c, int(blocks));
