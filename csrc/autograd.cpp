@@ -14,37 +14,24 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// Arguments of a call that autograd does not see.
-struct Static {
+// Arguments of a call that autograd does not see; one object, because every entry of saved_data costs a microsecond.
+struct Static : torch::CustomClassHolder {
   std::vector<int64_t> activations;
   std::vector<double> parameters;
-  bool want_potential = false, want_map = false;
-  int64_t wanted = 0;
   OptionalType product_dtype;
   int64_t route = 0;
-  bool recompute = false;
+  bool want_potential = false, want_map = false, recompute = false;
   OptionalType saved_dtype;
+  int64_t wanted = 0;
   std::vector<Tensor> saved;
 
-  void store(AutogradContext* ctx) const {
-    auto& data = ctx->saved_data;
-    data["activations"] = activations;
-    data["parameters"] = parameters;
-    data["wanted"] = wanted;
-    data["product_dtype"] = product_dtype;
-    data["route"] = route;
-  }
-  static Static load(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    Static s;
-    s.activations = data["activations"].toIntVector();
-    s.parameters = data["parameters"].toDoubleVector();
-    s.wanted = data["wanted"].toInt();
-    s.product_dtype = data["product_dtype"].toOptional<at::ScalarType>();
-    s.route = data["route"].toInt();
-    return s;
-  }
+  Static(at::IntArrayRef activations, Floats parameters, OptionalType product_dtype, int64_t route)
+      : activations(activations.vec()), parameters(parameters.vec()), product_dtype(product_dtype), route(route) {}
 };
+using StaticPointer = c10::intrusive_ptr<Static>;
+
+void store(AutogradContext* ctx, const StaticPointer& s) { ctx->saved_data["static"] = c10::IValue::make_capsule(s); }
+const Static& load(AutogradContext* ctx) { return *static_cast<Static*>(ctx->saved_data["static"].toCapsule().get()); }
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -95,24 +82,25 @@ class Edges {
 struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
                                const Tensor& constant, const OptionalTensor& embedding, at::TensorList weights,
-                               const Static& s) {
+                               const StaticPointer& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [potential, map, saved] = potential_and_map().call(
-        x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.want_potential, s.want_map,
-        /*save=*/!s.recompute, s.product_dtype, s.route, s.recompute, s.saved_dtype);
+    auto [potential, map, saved] =
+        potential_and_map().call(x, skip_weight, bias, weights, constant, embedding, s->activations, s->parameters,
+                                 s->want_potential, s->want_map,
+                                 /*save=*/!s->recompute, s->product_dtype, s->route, s->recompute, s->saved_dtype);
     variable_list kept{x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
     ctx->save_for_backward(kept);
     ctx->set_materialize_grads(false);
-    s.store(ctx);
-    if (!s.want_potential) ctx->mark_non_differentiable({potential});
-    if (!s.want_map) ctx->mark_non_differentiable({map});
+    store(ctx, s);
+    if (!s->want_potential) ctx->mark_non_differentiable({potential});
+    if (!s->want_map) ctx->mark_non_differentiable({map});
     return {potential, map};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    auto s = Static::load(ctx);
+    const Static& s = load(ctx);
     const auto layers = s.activations.size() - 1;
     const auto kept = ctx->get_saved_variables();
     const at::TensorList weights(kept.data() + grad_weights, layers);
@@ -139,27 +127,28 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
   static variable_list forward(AutogradContext* ctx, const OptionalTensor& map_cotangent,
                                const OptionalTensor& potential_cotangent, const Tensor& x, const Tensor& skip_weight,
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
-                               at::TensorList weights, const Static& s) {
+                               at::TensorList weights, const StaticPointer& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const auto saved = std::move(s->saved);  // not for the next order
     auto terms =
         training_terms().call(x, skip_weight, bias, weights, constant, embedding, map_cotangent, potential_cotangent,
-                              s.saved, s.activations, s.parameters, s.wanted, s.product_dtype, s.route);
+                              saved, s->activations, s->parameters, s->wanted, s->product_dtype, s->route);
     variable_list kept{
         map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()), x, skip_weight, bias, constant,
         embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     ctx->save_for_backward(kept);
-    s.store(ctx);
+    store(ctx, s);
     variable_list unwanted;
     for (size_t i = 0; i < terms.size(); ++i) {
-      if (!((s.wanted >> i) & 1)) unwanted.push_back(terms[i]);
+      if (!((s->wanted >> i) & 1)) unwanted.push_back(terms[i]);
     }
     ctx->mark_non_differentiable(unwanted);
     return terms;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    const auto s = Static::load(ctx);
+    const Static& s = load(ctx);
     const auto kept = ctx->get_saved_variables();
     constexpr size_t first = 2;  // x
     Edges edges(ctx);
@@ -187,19 +176,19 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
 struct MapJvpFunction : Function<MapJvpFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& tangent, const Tensor& x, const Tensor& skip_weight,
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
-                               at::TensorList weights, const Static& s) {
+                               at::TensorList weights, const StaticPointer& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent, s.activations,
-                                             s.parameters, s.product_dtype, s.route);
+    auto [map, map_tangent] = map_jvp().call(x, skip_weight, bias, weights, constant, embedding, tangent,
+                                             s->activations, s->parameters, s->product_dtype, s->route);
     variable_list kept{tangent, x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     ctx->save_for_backward(kept);
-    s.store(ctx);
+    store(ctx, s);
     return {map, map_tangent};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
-    const auto s = Static::load(ctx);
+    const Static& s = load(ctx);
     const auto kept = ctx->get_saved_variables();
     constexpr size_t first = 1;  // x
     Edges edges(ctx);
@@ -233,22 +222,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
                                     recompute, saved_dtype);
   }
   TORCH_CHECK_VALUE(!save, "save: got True, wanted False: autograd saves what it needs itself");
-  const Arguments c{
-      x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz, embedding.value_or(Tensor()),
-      activations, activation_parameters, product_dtype};
   // settled here, where even a fake tensor knows its device
-  const auto choice = choice_of(c, route, recompute);
-  const auto operand = c.output_dtype();
-  const Static s{activations.vec(),
-                 activation_parameters.vec(),
-                 want_potential,
-                 want_map,
-                 0,
-                 product_dtype,
-                 int64_t(choice.route),
-                 choice.recompute,
-                 operand == at::kBFloat16 && !x.is_cuda() ? at::kFloat : operand,
-                 {}};
+  const auto operand = product_dtype.value_or(x.scalar_type());
+  const auto choice = choice_of(x, skip_weight, weights, embedding.has_value(), operand, route, recompute);
+  const auto s = c10::make_intrusive<Static>(activations, activation_parameters, product_dtype, int64_t(choice.route));
+  s->want_potential = want_potential;
+  s->want_map = want_map;
+  s->recompute = choice.recompute;
+  s->saved_dtype = operand == at::kBFloat16 && !x.is_cuda() ? at::kFloat : operand;
   auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1], {}};
 }
@@ -266,8 +247,9 @@ std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_
                                  potential_cotangent, saved, activations, activation_parameters, wanted, product_dtype,
                                  route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, wanted, product_dtype, route, false, {},
-                 saved.vec()};
+  const auto s = c10::make_intrusive<Static>(activations, activation_parameters, product_dtype, route);
+  s->wanted = wanted;
+  s->saved = saved.vec();
   return TrainingTermsFunction::apply(map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz,
                                       embedding, weights, s);
 }
@@ -282,7 +264,7 @@ std::tuple<Tensor, Tensor> map_jvp_autograd(const Tensor& x, const Tensor& skip_
     return map_jvp().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, tangent, activations,
                           activation_parameters, product_dtype, route);
   }
-  const Static s{activations.vec(), activation_parameters.vec(), false, false, 0, product_dtype, route, false, {}, {}};
+  const auto s = c10::make_intrusive<Static>(activations, activation_parameters, product_dtype, route);
   auto values = MapJvpFunction::apply(tangent, x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1]};
 }

@@ -28,7 +28,9 @@ Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
 }
 
 // The route of a call; what it saves depends on it.
-Route route_of(const Arguments& c, int64_t route) { return choice_of(c, route, std::nullopt).route; }
+Route route_of(const Arguments& c, int64_t route) {
+  return choice_of(c.x, c.skip_weight, c.weights, c.embedding.defined(), c.output_dtype(), route, std::nullopt).route;
+}
 
 c10::SymInt saved_rows(const Arguments& c, Route route) {
   c10::SymInt rows = 1;
@@ -168,7 +170,8 @@ std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weigh
     if (!flags[i]) {
       gradient = at::empty({0}, x.options().dtype(c.output_dtype()));
     } else {
-      gradient = gradient.to(like(c, i).scalar_type()).view(like(c, i).sizes());
+      gradient = gradient.to(like(c, i).scalar_type());
+      if (gradient.sizes() != like(c, i).sizes()) gradient = gradient.view(like(c, i).sizes());
     }
   }
   return gradients;

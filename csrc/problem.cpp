@@ -114,21 +114,26 @@ void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<
   TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ", print());
 }
 
-Choice choice_of(const Arguments& c, int64_t route, std::optional<bool> recompute) {
+Choice choice_of(const at::Tensor& x, [[maybe_unused]] const at::Tensor& skip_weight, at::TensorList weights,
+                 [[maybe_unused]] bool dense, at::ScalarType operand, int64_t route, std::optional<bool> recompute) {
   TORCH_CHECK_VALUE(route >= 0 && route <= int64_t(Route::fused), "route: got code ", route, ", wanted 0 to ",
                     int64_t(Route::fused));
   // a fake tensor does not know its device here: autograd has settled the route where it did
-  if (c.x.is_meta() && route != 0) return {static_cast<Route>(route), recompute.value_or(false), "asked for"};
+  if (x.is_meta() && route != 0) return {static_cast<Route>(route), recompute.value_or(false), "asked for"};
   Layers layers;
-  for (const auto& w : c.weights) layers.widths.push_back(w.sym_size(1).guard_int(__FILE__, __LINE__));
-  layers.full_precision = c.output_dtype() == at::kFloat || c.output_dtype() == at::kDouble;
+  // before check() under autograd, which then says what is wrong with them
+  const auto columns = [](const at::Tensor& t) {
+    return t.dim() == 2 ? t.sym_size(1).guard_int(__FILE__, __LINE__) : 0;
+  };
+  for (const auto& w : weights) layers.widths.push_back(columns(w));
+  layers.full_precision = operand == at::kFloat || operand == at::kDouble;
 #if defined(ILVAE_CUDA)
-  layers.cuda = c.x.is_cuda();
-  if (layers.cuda) layers.refusal = cuda::refusal(c);
+  layers.cuda = x.is_cuda();
+  if (layers.cuda) layers.refusal = cuda::refusal(x.device(), layers.widths, columns(skip_weight), dense, operand);
 #endif
   const auto choice = choose(layers, static_cast<Route>(route), recompute);
   TORCH_CHECK_VALUE(route == 0 || int64_t(choice.route) == route, "route: got fused, wanted matmul for products in ",
-                    c.output_dtype(), layers.cuda ? " on this device: " + layers.refusal : "");
+                    operand, layers.cuda ? " on this device: " + layers.refusal : "");
   return choice;
 }
 

@@ -36,7 +36,8 @@ struct Arguments {
 };
 
 // Which route a call takes, and whether its backward pass recomputes.
-Choice choice_of(const Arguments&, int64_t route, std::optional<bool> recompute);
+Choice choice_of(const at::Tensor& x, const at::Tensor& skip_weight, at::TensorList weights, bool dense,
+                 at::ScalarType operand, int64_t route, std::optional<bool> recompute);
 
 // The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
 struct Problem {

@@ -64,7 +64,6 @@ ILVAE_INLINE void block(T* c, int64_t c_stride, const T* bias, bool add, const T
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = Vector<T>{};
-      if (add) sum[r][v] = load(corner + r * c_stride + v * n);
       if (bias) sum[r][v] += bias[i + r];
     }
   }
@@ -75,7 +74,11 @@ ILVAE_INLINE void block(T* c, int64_t c_stride, const T* bias, bool add, const T
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(corner + r * c_stride + v * n, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      T* const target = corner + r * c_stride + v * n;
+      // added last: sums of pieces err less than one long sum
+      store(target, add ? load(target) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 

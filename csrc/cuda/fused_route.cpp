@@ -20,9 +20,9 @@ Operands operands_of(at::ScalarType dtype) {
   return at::globalContext().allowTF32CuBLAS() ? Operands::tf32 : Operands::tf32x3;
 }
 
-Limits limits(const Tensor& x) {
+Limits limits(at::Device device) {
   Limits limits;
-  check(limits_of_device(std::max<int>(x.device().index(), 0), limits), 0, 0);
+  check(limits_of_device(std::max<int>(device.index(), 0), limits), 0, 0);
   return limits;
 }
 
@@ -37,7 +37,7 @@ Array array(const Tensor& t) {
 // The call for the kernels, and the tensors that it points to. Parameters are read in their own dtype: kernels convert.
 class Prepared {
  public:
-  explicit Prepared(const Arguments& c) : kind_(operands_of(c.output_dtype())), device_(limits(c.x)) {
+  explicit Prepared(const Arguments& c) : kind_(operands_of(c.output_dtype())), device_(limits(c.x.device())) {
     call.layers = int32_t(c.weights.size());
     call.width = int32_t(c.width());
     call.input = int32_t(c.x.size(-1));
@@ -86,13 +86,11 @@ class Prepared {
 
 }  // namespace
 
-std::string refusal(const Arguments& c) {
-  const auto size = [](const c10::SymInt& s) { return s.guard_int(__FILE__, __LINE__); };
-  int64_t hidden = 0;
-  for (const auto& w : c.weights) hidden = std::max(hidden, size(w.sym_size(1)));
-  const auto dtype = c.output_dtype();
-  return fused_refusal(operands_of(dtype), dtype == at::kDouble, c.embedding.defined(), hidden,
-                       size(c.skip_weight.sym_size(1)), int64_t(c.weights.size()), limits(c.x).shared_bytes);
+std::string refusal(at::Device device, const std::vector<int64_t>& widths, int64_t width, bool dense,
+                    at::ScalarType operand) {
+  const auto hidden = widths.empty() ? 0 : *std::max_element(widths.begin(), widths.end());
+  return fused_refusal(operands_of(operand), operand == at::kDouble, dense, hidden, width, int64_t(widths.size()),
+                       limits(device).shared_bytes);
 }
 
 matmul::Values fused_potential_and_map(const Arguments& c, bool want_potential, bool want_map) {
@@ -127,7 +125,8 @@ std::vector<Tensor> fused_training_terms(const Arguments& c, const Tensor& v, co
   for (size_t k = 0; k < c.weights.size(); ++k) make(grad_weights + k, c.weights[k]);
   if (call.rows == 0) return result;
 
-  if (v.defined()) call.v = array(fused.keep(v));
+  // kernels read rows in float32 or 16 bits
+  if (v.defined()) call.v = array(fused.keep(v.scalar_type() == at::kDouble ? v.to(at::kFloat) : v));
   if (u.defined()) call.u = array(fused.keep(u));
   if (wanted[grad_x]) {
     call.grad_x = result[grad_x].data_ptr();

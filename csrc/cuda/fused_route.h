@@ -8,9 +8,9 @@
 
 namespace ilvae::cuda {
 
-// Why the fused kernels do not take a call on the device of x; empty: they do. Depends on the layers, the dtypes and
-// the device, not on the batch.
-std::string refusal(const Arguments&);
+// Why the fused kernels do not take a network with these hidden widths, `width` inputs and operands on a device; empty:
+// they do.
+std::string refusal(at::Device, const std::vector<int64_t>& widths, int64_t width, bool dense, at::ScalarType operand);
 
 // As their namesakes of matmul_route.h, but the map saves nothing, and gradients come in the dtypes of their arguments.
 matmul::Values fused_potential_and_map(const Arguments&, bool want_potential, bool want_map);

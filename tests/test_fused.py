@@ -1,0 +1,114 @@
+"""The fused CPU route where property tests do not reach: many tiles, panels, chunks, threads, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import ilvae_fast as il
+from cases import Case
+from comparison import assert_equal_to_rounding
+from ilvae_fast import functional, reference
+
+# width, hidden, embedding, rows: tiles and panels whole and ragged, wide and narrow gradients, one layer and four
+SHAPES = [
+    (2, (32, 32), "none", 128),
+    (3, (65,), "none", 1),
+    (8, (64, 130), "identity", 100),
+    (9, (7, 64, 5, 33), "dense", 300),
+    (130, (70, 66), "none", 150),
+    (130, (40, 129), "identity", 257),
+    (70, (20, 30), "dense", 65),
+    (5, (96, 96), "none", 3000),
+]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _case(width, hidden, embedding, rows, recompute=None, output="softplus", later="celu") -> Case:
+    names = ("softplus", *([later] * (len(hidden) - 1)), output)
+    return Case(width, hidden, tuple(map(il.Activation, names)), embedding, (rows,), 0.8, 5, "fused", recompute)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("recompute", "output"), [(False, "softplus"), (True, "softplus"), (True, "identity")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_values_and_gradients_equal_the_reference(shape, recompute, output, count):
+    tensors = _case(*shape, recompute, output).tensors(torch.float64)
+    with threads(count):
+        ours = [*tensors.outputs(), *tensors.gradients(functional, True, True).values()]
+        only_map = tensors.gradients(functional, True, False)
+        only_potential = tensors.gradients(functional, False, True)
+    terms = tensors.absolute_terms(True, True)
+    theirs = [*tensors.outputs(reference), *tensors.gradients(reference, True, True).values()]
+    for name, a, b in zip(["potential", "map", *tensors.named], ours, theirs, strict=True):
+        assert_equal_to_rounding(name, a, b, terms.get(name))
+    for one, arguments in ((only_map, (True, False)), (only_potential, (False, True))):
+        for name, value in tensors.gradients(reference, *arguments).items():
+            assert_equal_to_rounding(name, one[name], value, terms.get(name))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_jvp_equals_the_reference(shape):
+    tensors = _case(*shape).tensors(torch.float64)
+    x, *rest = tensors.positional()
+    ours = functional.brenier_map_jvp(x, x.cos(), *rest, **tensors.options())
+    with il.use_backend("reference"):
+        theirs = functional.brenier_map_jvp(x, x.cos(), *rest, **tensors.options())
+    for name, a, b in zip(("map", "derivative"), ours, theirs, strict=True):
+        assert_equal_to_rounding(name, a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_same_bits_for_the_same_number_of_threads(shape, count):
+    tensors = _case(*shape).tensors(torch.float32)
+    with threads(count):
+        first, second = (tensors.gradients(functional, True, True) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_saved_panels_outlive_a_change_of_the_number_of_threads():
+    tensors = _case(9, (80, 64), "none", 200, recompute=False).tensors(torch.float64).requires_grad()
+    with threads(1):
+        t = functional.brenier_map(*tensors.positional(), **tensors.differentiable_options(functional))
+    with threads(2):
+        gradient = torch.autograd.grad(t, tensors.named["x"], tensors.v)[0]
+    assert_equal_to_rounding("x", gradient, tensors.gradients(reference, True, False)["x"])
+
+
+@pytest.mark.slow
+def test_operands_above_the_budget_are_worked_through_in_chunks():
+    case = _case(1500, (1500, 1500), "none", 1600, later="softplus")  # without kinks: float32 against float32
+    tensors = case.tensors(torch.float32)
+    with threads(2):
+        ours = tensors.gradients(functional, True, False)
+    matmul = case.__class__(**{**case.__dict__, "route": "matmul"}).tensors(torch.float32)
+    for name, value in matmul.gradients(functional, True, False).items():
+        assert float((ours[name] - value).abs().max()) < 1e-5 * float(value.abs().max()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability):
+    here = __file__
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", here, "-k", "reference or bits"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        check=True,
+    )
