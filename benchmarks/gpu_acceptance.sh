@@ -98,7 +98,7 @@ export python PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" ILVAE_FAST_TEST_DEVICE=$
 
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 selection=()
-[ -n "$dry_run" ] && selection=(-k "small_set or activations or empty or launches")
+[ -n "$dry_run" ] && selection=(-k "small_set or activations")
 own_kernels='regex:tile_kernel|reduce_kernel|up_kernel|down_kernel|turn_kernel|quadratic_kernel'
 
 gpu_step build 520 bash -c build
@@ -111,7 +111,7 @@ fi
 case "$stage" in
   check)
     gpu_step import 60 "$python" -c 'import ilvae_fast as il; i = il.build_info(); print(i); assert i["cuda"], "built without CUDA"'
-    step device_tests 260 "${pytest[@]}" tests/test_gpu.py --junitxml="$out/device_tests.xml" ${selection[@]+"${selection[@]}"}
+    step device_tests 260 "${pytest[@]}" tests/test_cuda_device.py tests/test_gpu.py --junitxml="$out/device_tests.xml" ${selection[@]+"${selection[@]}"}
     tool_step memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" tests/test_gpu.py -k small_set
     tool_step racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 9 "${pytest[@]}" tests/test_gpu.py -k small_set
     gpu_step other_tests 400 "${pytest[@]}" -m "not slow" tests/test_functional.py tests/test_ops.py tests/test_properties.py tests/test_layers.py tests/test_decoder.py

@@ -11,6 +11,7 @@ nvdisasm: from a CUDA toolkit, from triton (which every CUDA build of torch brin
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,7 +43,14 @@ class Multiprocessor:
     registers: int = 65536
 
 
-MULTIPROCESSORS = {80: Multiprocessor("A100", 164 << 10), 90: Multiprocessor("H100", 228 << 10)}
+MULTIPROCESSORS = {
+    80: Multiprocessor("A100", 164 << 10),
+    86: Multiprocessor("A40", 100 << 10, threads=1536, blocks=16),
+    89: Multiprocessor("L40", 100 << 10, threads=1536, blocks=24),
+    90: Multiprocessor("H100", 228 << 10),
+    100: Multiprocessor("B200", 228 << 10),
+    120: Multiprocessor("RTX 5090", 100 << 10, threads=1536, blocks=24),
+}
 
 
 @dataclass
@@ -106,18 +115,24 @@ def _cuobjdump(*arguments: str) -> Iterator[str]:
         )
     cuobjdump, nvdisasm = str(tool("cuobjdump")), str(tool("nvdisasm"))
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
-    with subprocess.Popen(
-        [cuobjdump, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # chatter about empty sections
-        text=True,
-        errors="replace",
-        env={**os.environ, "PATH": path},
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as trouble,
+        subprocess.Popen(
+            [cuobjdump, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=trouble,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PATH": path},
+        ) as process,
+    ):
         assert process.stdout is not None
         yield from process.stdout
-    if process.returncode:
-        raise RuntimeError(f"cuobjdump {' '.join(arguments)} ended with {process.returncode}")
+        if process.wait():
+            trouble.seek(0)
+            message = trouble.read().strip()
+            if "does not contain device code" not in message:
+                raise RuntimeError(f"cuobjdump {' '.join(arguments)} ended with {process.returncode}: {message}")
 
 
 def _demangled(symbols: Iterable[str]) -> list[str]:
@@ -140,6 +155,20 @@ def short_name(demangled: str) -> str:
     return name
 
 
+def _read_instructions(library: Path, found: dict[tuple[int, str], Kernel], architecture: int) -> None:
+    """Counts what the report wants to know of each kernel's instructions."""
+    kernel: Kernel | None = None
+    for line in _cuobjdump("-sass", "-arch", f"sm_{architecture}", str(library)):
+        if "MMA" in line:
+            if kernel is not None and (m := re.search(r"\b(HMMA|IMMA|DMMA|HGMMA)\.[\w.]+", line)):
+                kernel.tensor_core[m[0]] = kernel.tensor_core.get(m[0], 0) + 1
+        elif " LDL" in line or " STL" in line:
+            if kernel is not None:
+                kernel.local_accesses += 1
+        elif "Function : " in line:
+            kernel = found.get((architecture, line.split()[-1]))
+
+
 def kernels_of(library: Path) -> list[Kernel]:
     """Every kernel in the machine code of a library, for each architecture; PTX is not looked at."""
     found: dict[tuple[int, str], Kernel] = {}
@@ -160,19 +189,12 @@ def kernels_of(library: Path) -> list[Kernel]:
     for key, name in zip(keys, _demangled(k[1] for k in keys), strict=True):
         found[key].name = short_name(name)
 
-    kernel: Kernel | None = None
-    for line in _cuobjdump("-sass", str(library)):
-        if m := re.match(r"\s*(?:code for|arch =) sm_(\d+)", line):
-            architecture = int(m[1])
-        elif m := re.match(r"\s*Function : (\S+)", line):
-            kernel = found.get((architecture, m[1]))
-        elif kernel is not None and line.lstrip().startswith("/*"):
-            if m := re.search(r"\b(HMMA|IMMA|DMMA|HGMMA)\.[\w.]+", line):
-                kernel.tensor_core[m[0]] = kernel.tensor_core.get(m[0], 0) + 1
-            elif re.search(r"\b(LDL|STL)\b", line):
-                kernel.local_accesses += 1
+    architectures = sorted({k[0] for k in keys})
+    with ThreadPoolExecutor() as pool:  # nearly all of the time
+        list(pool.map(functools.partial(_read_instructions, library, found), architectures))
 
-    kernel, waiting = None, False
+    kernel: Kernel | None = None
+    waiting = False
     for line in _cuobjdump("-elf", str(library)):
         if m := re.match(r"\s*(?:code for|arch =) sm_(\d+)", line):
             architecture = int(m[1])

@@ -99,16 +99,15 @@ class Tile:
     element: int
 
     @classmethod
-    def of(cls, network: Network, precision: str) -> Tile:
-        n = _padded(max(network.hidden), (32, 64, 128))
-        wide = precision != "bfloat16"
-        columns = 2 if n == 32 else 8 if wide and n == 128 else 4
+    def of(cls, network: Network, precision: str, training: bool) -> Tile:
+        n, layers = _padded(max(network.hidden), (32, 64, 128)), len(network.hidden)
+        one = precision != "bfloat16" and (n == 128 or (n == 64 and training and layers >= 3))
         return cls(
             n,
-            _padded(network.width, (16, 32, 64, 128)),
-            len(network.hidden),
-            1 if wide and n == 128 else 2,
-            columns,
+            _padded(network.width, (16, 64) if n < 128 else (32, 64, 128)),
+            layers,
+            1 if one else 2,
+            2 if n == 32 else 8 if one else 4,
             element_bytes(precision),
         )
 
@@ -132,7 +131,7 @@ class Tile:
 
 def fused_seconds(network: Network, precision: str, gpu: GPU, training: bool) -> float:
     """The map, or the training terms with the reduction of their partial sums."""
-    tile = Tile.of(network, precision)
+    tile = Tile.of(network, precision, training)
     per_warp = tile.n // (8 * tile.column_groups)  # n-tiles
     wavefronts = 4 / per_warp + 1  # of shared memory for the operands of one product
     per_product = max((3 if precision == "float32" else 1) * gpu.mma_clocks, wavefronts)

@@ -1,8 +1,14 @@
 """The performance model: what it predicts, and that it stays where its derivation put it."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from benchmarks.model import GPUS, PRECISIONS, Network, Tile, gpu_of, seconds
+
+ROOT = Path(__file__).parent.parent
 
 # Microseconds on an H100, map and training terms, by (float32, tf32, bfloat16): worked out by hand for the layouts this
 # project started from. The model is trusted to 40 % (fused) and 20 % (matmul); tiles of half the rows, which those
@@ -50,39 +56,31 @@ def test_faster_machines_are_faster_and_more_work_takes_longer():
             )
 
 
-def test_tiles_are_those_of_the_kernels():
-    """Against the constants that csrc/cuda/fused.h gives the launcher."""
-    import os
-    import subprocess
-    import tempfile
-    from pathlib import Path
-
-    root = Path(__file__).parent.parent
-    if not (root / "csrc" / "cuda" / "fused.h").exists():
-        pytest.skip("no fused kernels yet")
-    program = """
+def test_tiles_are_those_of_the_kernels(tmp_path):
+    """Against the functions by which csrc/cuda/fused.h configures a launch."""
+    (tmp_path / "p.cpp").write_text("""
 #include <cstdio>
 #include <initializer_list>
 #include "cuda/fused.h"
 using namespace ilvae::cuda;
 int main() {
   for (const Operands kind : {Operands::tf32x3, Operands::tf32, Operands::bfloat16})
-    for (const int n : {32, 64, 128}) {
-      const Layout l = layout(kind, n, 32, 2, true);
-      std::printf("%d %d %d %d %d\\n", row_groups(kind, n), column_groups(kind, n), tile_rows(kind, n, true),
-                  tile_rows(kind, n, false), l.stash - l.weights);
-    }
+    for (const int n : {32, 64, 128})
+      for (const int layers : {0, 1, 2, 3}) {
+        const Layout l = layout(kind, n, 64, layers > 0 ? layers : 2, layers > 0);
+        std::printf("%d %d %d %d\\n", row_groups(kind, n, layers), column_groups(kind, n, layers),
+                    tile_rows(kind, n, layers), l.stash - l.weights);
+      }
 }
-"""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "p.cpp").write_text(program)
-        command = [os.environ.get("CXX", "g++"), "-std=c++20", f"-I{root / 'csrc'}", "p.cpp", "-o", "p"]
-        subprocess.run(command, cwd=folder, check=True)
-        lines = subprocess.run([f"{folder}/p"], capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, (precision, n) in zip(lines, [(p, n) for p in PRECISIONS for n in (32, 64, 128)], strict=True):
-        tile = Tile.of(Network(32, (n, n), 1), precision)
-        ours = [tile.row_groups, tile.column_groups, tile.rows(True), tile.rows(False), tile.weight_bytes]
-        assert ours == [int(number) for number in line.split()], (precision, n)
+""")
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", f"-I{ROOT / 'csrc'}", "p.cpp", "-o", "p"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    lines = subprocess.run([tmp_path / "p"], capture_output=True, text=True, check=True).stdout.splitlines()
+    shapes = [(p, n, layers) for p in PRECISIONS for n in (32, 64, 128) for layers in (0, 1, 2, 3)]
+    for line, (precision, n, layers) in zip(lines, shapes, strict=True):
+        tile = Tile.of(Network(64, (n,) * (layers or 2), 1), precision, layers > 0)
+        ours = [tile.row_groups, tile.column_groups, tile.rows(layers > 0), tile.weight_bytes]
+        assert ours == [int(number) for number in line.split()], (precision, n, layers)
 
 
 def test_devices_are_recognised_by_name():

@@ -1,6 +1,7 @@
 // Models of the instructions: shuffles, mma, ldmatrix, cp.async, conversions.
 #include <algorithm>
 #include <cfloat>
+#include <cstdlib>
 
 #include "runtime.h"
 

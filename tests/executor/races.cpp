@@ -21,6 +21,7 @@ void note_atomic(void*, size_t) {}
 
 #include <dlfcn.h>
 
+#include <cstdio>
 #include <memory>
 #include <set>
 #include <unordered_map>
