@@ -21,6 +21,7 @@ struct Static : torch::CustomClassHolder {
   OptionalType product_dtype;
   int64_t route = 0;
   bool want_potential = false, want_map = false, recompute = false;
+  OptionalType saved_dtype;
   int64_t wanted = 0;
   std::vector<Tensor> saved;
 
@@ -86,7 +87,7 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     auto [potential, map, saved] =
         potential_and_map().call(x, skip_weight, bias, weights, constant, embedding, s->activations, s->parameters,
                                  s->want_potential, s->want_map,
-                                 /*save=*/!s->recompute, s->product_dtype, s->route, s->recompute);
+                                 /*save=*/!s->recompute, s->product_dtype, s->route, s->recompute, s->saved_dtype);
     variable_list kept{x, skip_weight, bias, constant, embedding.value_or(Tensor())};
     kept.insert(kept.end(), weights.begin(), weights.end());
     kept.insert(kept.end(), saved.begin(), saved.end());
@@ -213,18 +214,22 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
-    int64_t route, std::optional<bool> recompute) {
+    int64_t route, std::optional<bool> recompute, OptionalType saved_dtype) {
   if (!records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return potential_and_map().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
                                     activation_parameters, want_potential, want_map, save, product_dtype, route,
-                                    recompute);
+                                    recompute, saved_dtype);
   }
   TORCH_CHECK_VALUE(!save, "save: got True, wanted False: autograd saves what it needs itself");
-  const auto s = c10::make_intrusive<Static>(activations, activation_parameters, product_dtype, route);
+  // settled here, where even a fake tensor knows its device
+  const auto operand = product_dtype.value_or(x.scalar_type());
+  const auto choice = choice_of(x, skip_weight, weights, embedding.has_value(), operand, route, recompute);
+  const auto s = c10::make_intrusive<Static>(activations, activation_parameters, product_dtype, int64_t(choice.route));
   s->want_potential = want_potential;
   s->want_map = want_map;
-  s->recompute = choice_of(weights, product_dtype.value_or(x.scalar_type()), route, recompute).recompute;
+  s->recompute = choice.recompute;
+  s->saved_dtype = operand == at::kBFloat16 && !x.is_cuda() ? at::kFloat : operand;
   auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
   return {values[0], values[1], {}};
 }

@@ -4,6 +4,9 @@
 #include <type_traits>
 
 #include "cpu/pointwise.h"
+#if defined(ILVAE_CUDA)
+#include "cuda/pointwise_tensors.h"
+#endif
 
 namespace ilvae::matmul {
 
@@ -11,19 +14,31 @@ namespace {
 
 using at::Tensor;
 
-// out = a b, or out += a b. Products of bfloat16 accumulate in float32 and round their result once, as torch.nn.Linear.
+// out = a b, or out += a b. Products of 16-bit operands accumulate in float32 and round their result once, as
+// torch.nn.Linear; CUDA devices can leave it in float32.
 void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
-  if (a.scalar_type() == out.scalar_type()) {
+  const auto type = out.scalar_type();
+  if (a.scalar_type() == type) {
     add ? out.addmm_(a, b) : at::mm_out(out, a, b);
+  } else if (a.is_cuda() && type == at::kFloat) {
+    add ? out.add_(at::mm(a, b, type)) : at::mm_out(out, a, b, type);
   } else {
     const auto product = at::mm(a, b);
     add ? out.add_(product) : out.copy_(product);
   }
 }
 
-Tensor product(const Tensor& a, const Tensor& b, at::ScalarType real) {
-  return a.scalar_type() == real ? at::mm(a, b) : at::mm(a, b).to(real);
+Tensor product(const Tensor& a, const Tensor& b, at::ScalarType type) {
+  if (a.scalar_type() == type) return at::mm(a, b);
+  return a.is_cuda() && type == at::kFloat ? at::mm(a, b, type) : at::mm(a, b).to(type);
 }
+
+// The type in which products leave pre-activations and adjoints: on CUDA devices that of the operands, which halves
+// what the pointwise kernels move.
+at::ScalarType stored(const Problem& p) { return p.x.is_cuda() ? p.operand : p.real; }
+
+// The types of the results, before ops.cpp gives them those of their arguments: on CUDA devices at once.
+at::ScalarType result_type(const Problem& p) { return p.x.is_cuda() ? p.x.scalar_type() : p.real; }
 
 template <class T>
 Matrix<T> view(const Tensor& t) {
@@ -33,18 +48,28 @@ Matrix<T> view(const Tensor& t) {
 }
 
 // The kernels of the device of `t`.
-template <class Real, class Operand>
-const PointwiseKernels<Real, Operand>& kernels_for(const Tensor& t) {
+template <class Real, class Operand, class Stored>
+const PointwiseKernels<Real, Operand, Stored>& kernels_for(const Tensor& t) {
+#if defined(ILVAE_CUDA)
+  if constexpr (std::is_same_v<Stored, Operand>) {
+    if (t.is_cuda()) return cuda::pointwise_kernels<Real, Operand>();
+  }
+#endif
   TORCH_INTERNAL_ASSERT(t.is_cpu(), "no pointwise kernels for ", t.device());
-  return cpu::pointwise_kernels<Real, Operand>();
+  if constexpr (std::is_same_v<Stored, Real>) return cpu::pointwise_kernels<Real, Operand>();
+  TORCH_INTERNAL_ASSERT(false);
 }
 
-// Calls body.operator()<Real, Operand>() with the types of the problem.
+// Calls body.operator()<Real, Operand, Stored>() with the types of the problem.
 template <class Body>
 void for_types(const Problem& p, const Body& body) {
-  if (p.operand == at::kDouble) return body.template operator()<double, double>();
-  if (p.operand == at::kFloat) return body.template operator()<float, float>();
-  body.template operator()<float, bfloat16>();
+  if (p.operand == at::kDouble) return body.template operator()<double, double, double>();
+  if (p.operand == at::kFloat) return body.template operator()<float, float, float>();
+#if defined(ILVAE_CUDA)
+  if (p.x.is_cuda() && p.operand == at::kHalf) return body.template operator()<float, float16, float16>();
+  if (p.x.is_cuda()) return body.template operator()<float, bfloat16, bfloat16>();
+#endif
+  body.template operator()<float, bfloat16, float>();
 }
 
 // The sweeps of the design through the hidden layers. With a tangent, stacks have 2N rows:
@@ -57,12 +82,13 @@ class Sweep {
   Sweep(const Problem& p, bool tangent, at::TensorList saved)
       : p_(p), tangent_(tangent), stacks_(tangent ? 2 : 1), hidden_(p.layers()) {
     if (!saved.empty()) {
-      a_ = saved[0];
+      a_ = unit_columns(saved[0]);
       saved_adjoints_ = saved[1].dim() == 2 ? saved[1] : Tensor();
       complete_ = true;
-      if (tangent) a_tangent_ = at::empty({p.rows, p.units + 1}, p.options(p.real));
+      if (tangent) a_tangent_ = unit_columns(at::empty({p.rows, padded_units(p.units)}, p.options(stored(p))));
     } else {
-      stack_ = at::empty({stacks_ * p.rows, p.units + 1}, p.options(p.real));
+      whole_ = at::empty({stacks_ * p.rows, padded_units(p.units)}, p.options(stored(p)));
+      stack_ = unit_columns(whole_);
       a_ = tangent ? stack_.narrow(0, 0, p.rows) : stack_;
       if (tangent) a_tangent_ = stack_.narrow(0, p.rows, p.rows);
     }
@@ -73,7 +99,8 @@ class Sweep {
 
   // A B: (S+1, m), in operand type.
   const Tensor& embedded_weight() const { return embedded_weight_; }
-  const Tensor& preactivations() const { return a_; }
+  // (N, padded_units(S)), to be saved.
+  const Tensor& preactivations() const { return whole_; }
   const Tensor& adjoints() const { return adjoints_; }
 
   // P = x (A B)^T, unless pre-activations were saved.
@@ -89,11 +116,11 @@ class Sweep {
       const bool need_h = !complete_ || keep_hidden[l];
       if (!need_h && !tangent_) continue;
       auto h = at::empty({stacks_ * p_.rows, p_.widths[l]}, p_.options(p_.operand));
-      for_types(p_, [&]<class Real, class Operand>() {
-        auto layer = hidden_layer<Real, Operand>(l);
+      for_types(p_, [&]<class Real, class Operand, class Stored>() {
+        auto layer = hidden_layer<Real, Operand, Stored>(l);
         if (need_h) layer.h = view<Operand>(h);
         if (tangent_) layer.h_tangent = view<Operand>(h.narrow(0, p_.rows, p_.rows));
-        kernels_for<Real, Operand>(h).up(layer);
+        kernels_for<Real, Operand, Stored>(h).up(layer);
       });
       const auto weight = p_.weights[l].t();
       if (!complete_) {
@@ -108,16 +135,16 @@ class Sweep {
   // The last hidden layer and the output unit: o and, if wanted, G (N), the last h and the top of `d`.
   void turn(const Tensor& potential_cotangent, const Tensor& potential, bool keep_hidden, bool want_d) {
     const auto last = p_.layers() - 1;
-    if (want_d) d_ = at::empty({stacks_ * p_.rows, p_.units + 1}, p_.options(p_.operand));
+    if (want_d) d_ = unit_columns(at::empty({stacks_ * p_.rows, padded_units(p_.units)}, p_.options(p_.operand)));
     if (keep_hidden) hidden_[last] = at::empty({stacks_ * p_.rows, p_.widths[last]}, p_.options(p_.operand));
-    for_types(p_, [&]<class Real, class Operand>() {
-      auto layer = hidden_layer<Real, Operand>(last);
-      OutputUnit<Real, Operand> out;
+    for_types(p_, [&]<class Real, class Operand, class Stored>() {
+      auto layer = hidden_layer<Real, Operand, Stored>(last);
+      OutputUnit<Real, Operand, Stored> out;
       out.activation = p_.activations.back();
       out.weight = static_cast<const Real*>(p_.output_weight.data_ptr());
       out.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.units;
       out.complete = complete_;
-      out.o = view<Real>(p_.columns(a_, p_.layers()));
+      out.o = view<Stored>(p_.columns(a_, p_.layers()));
       out.potential_cotangent = view<const Real>(potential_cotangent);
       out.potential = view<Real>(potential);
       if (keep_hidden) layer.h = view<Operand>(hidden_[last]);
@@ -126,44 +153,45 @@ class Sweep {
         out.d = view<Operand>(d_primal(last + 1));
       }
       if (tangent_) {
-        out.o_tangent = view<Real>(p_.columns(a_tangent_, p_.layers()));
+        out.o_tangent = view<Stored>(p_.columns(a_tangent_, p_.layers()));
         if (keep_hidden) layer.h_tangent = view<Operand>(hidden_[last].narrow(0, p_.rows, p_.rows));
         layer.d_tangent = view<Operand>(d_tangent(last));
         out.d_tangent = view<Operand>(d_tangent(last + 1));
       }
-      kernels_for<Real, Operand>(a_).turn(layer, out);
+      kernels_for<Real, Operand, Stored>(a_).turn(layer, out);
     });
   }
 
   // From layer K-1 down to `lowest`; `keep` keeps the adjoints g of a sweep without tangent.
   void down(size_t lowest, bool keep) {
-    if (keep) adjoints_ = at::empty({p_.rows, p_.units - p_.widths.back()}, p_.options(p_.real));
+    if (keep) adjoints_ = at::empty({p_.rows, p_.units - p_.widths.back()}, p_.options(stored(p_)));
     const bool have_g = saved_adjoints_.defined();
     for (size_t l = p_.layers() - 1; l > lowest; --l) {
       const auto below = l - 1;
       const auto d = p_.columns(d_, l);
       Tensor g, g_tangent;
       if (tangent_ && have_g) {
-        g_tangent = at::empty({p_.rows, p_.widths[below]}, p_.options(p_.real));
+        g_tangent = at::empty({p_.rows, p_.widths[below]}, p_.options(stored(p_)));
         multiply(g_tangent, d.narrow(0, 0, p_.rows), p_.weights[below]);
         g = p_.columns(saved_adjoints_, below);
       } else {
-        g = keep ? p_.columns(adjoints_, below) : at::empty({stacks_ * p_.rows, p_.widths[below]}, p_.options(p_.real));
+        g = keep ? p_.columns(adjoints_, below)
+                 : at::empty({stacks_ * p_.rows, p_.widths[below]}, p_.options(stored(p_)));
         multiply(g, d, p_.weights[below]);
         if (tangent_) {
           g_tangent = g.narrow(0, 0, p_.rows);
           g = g.narrow(0, p_.rows, p_.rows);
         }
       }
-      for_types(p_, [&]<class Real, class Operand>() {
-        auto layer = hidden_layer<Real, Operand>(below);
-        layer.g = view<const Real>(g);
+      for_types(p_, [&]<class Real, class Operand, class Stored>() {
+        auto layer = hidden_layer<Real, Operand, Stored>(below);
+        layer.g = view<const Stored>(g);
         layer.d = view<Operand>(d_primal(below));
         if (tangent_) {
-          layer.g_tangent = view<const Real>(g_tangent);
+          layer.g_tangent = view<const Stored>(g_tangent);
           layer.d_tangent = view<Operand>(d_tangent(below));
         }
-        kernels_for<Real, Operand>(g).down(layer);
+        kernels_for<Real, Operand, Stored>(g).down(layer);
       });
     }
   }
@@ -174,17 +202,18 @@ class Sweep {
   const Tensor& hidden(size_t l) const { return hidden_[l]; }
 
  private:
-  template <class Real, class Operand>
-  HiddenLayer<Real, Operand> hidden_layer(size_t l) const {
-    HiddenLayer<Real, Operand> layer;
+  template <class Real, class Operand, class Stored>
+  HiddenLayer<Real, Operand, Stored> hidden_layer(size_t l) const {
+    HiddenLayer<Real, Operand, Stored> layer;
     layer.rows = p_.rows;
     layer.width = p_.widths[l];
     layer.activation = p_.activations[l];
     layer.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.offsets[l];
-    layer.a = view<const Real>(p_.columns(a_, l));
-    if (tangent_) layer.a_tangent = view<const Real>(p_.columns(a_tangent_, l));
+    layer.a = view<const Stored>(p_.columns(a_, l));
+    if (tangent_) layer.a_tangent = view<const Stored>(p_.columns(a_tangent_, l));
     return layer;
   }
+  Tensor unit_columns(const Tensor& t) const { return t.narrow(1, 0, p_.units + 1); }
   // Columns of layer l (K: the output) of D and of D' in `d`.
   Tensor d_primal(size_t l) const { return p_.columns(tangent_ ? d_.narrow(0, p_.rows, p_.rows) : d_, l); }
   Tensor d_tangent(size_t l) const { return p_.columns(d_.narrow(0, 0, p_.rows), l); }
@@ -193,15 +222,60 @@ class Sweep {
   const bool tangent_;
   const int64_t stacks_;
   bool complete_ = false;  // a_ was saved: nothing to recompute
-  Tensor stack_, a_, a_tangent_, d_, saved_adjoints_, adjoints_, embedded_weight_;
+  Tensor whole_, stack_, a_, a_tangent_, d_, saved_adjoints_, adjoints_, embedded_weight_;
   std::vector<Tensor> hidden_;
 };
+
+// Whether one kernel adds the whole quadratic term: on CUDA devices, where B is the padded identity.
+bool one_pass(const Problem& p) { return p.x.is_cuda() && !p.embedding.defined(); }
+
+#if defined(ILVAE_CUDA)
+cuda::QuadraticTensors quadratic_term(const Problem& p, const Tensor& x) {
+  cuda::QuadraticTensors term;
+  term.x = x;
+  term.constant = p.inverse_lipschitz;
+  return term;
+}
+#endif
+
+// T += L B x for the rows x (N, m); phi = G + L/2 |B x|^2 in the type of the output where G is defined.
+void add_to_map([[maybe_unused]] const Problem& p, [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& map,
+                [[maybe_unused]] Tensor& potential) {
+#if defined(ILVAE_CUDA)
+  auto term = quadratic_term(p, x);
+  term.map = true;
+  if (map.defined()) term.y = map.narrow(1, 0, p.input);
+  if (potential.defined()) {
+    term.potential = potential;
+    term.phi = at::empty({p.rows}, p.options(p.output));
+  }
+  cuda::add_quadratic(term);
+  if (potential.defined()) potential = term.phi;
+#endif
+}
+
+// grad_x += L B^T (v + u B x) ; grad_L = sum <v, B x> + u/2 |B x|^2, where they are wanted.
+void add_to_gradients([[maybe_unused]] const Problem& p, [[maybe_unused]] const Tensor& v,
+                      [[maybe_unused]] const Tensor& u, [[maybe_unused]] std::vector<Tensor>& result,
+                      [[maybe_unused]] const std::vector<bool>& wanted) {
+#if defined(ILVAE_CUDA)
+  if (!wanted[grad_x] && !wanted[grad_inverse_lipschitz]) return;
+  auto term = quadratic_term(p, p.x);
+  if (v.defined()) term.v = v.narrow(1, 0, p.input);
+  term.u = u;
+  if (wanted[grad_x]) term.y = result[grad_x];
+  if (wanted[grad_inverse_lipschitz]) {
+    term.gradient = result[grad_inverse_lipschitz] = at::empty({1}, p.options(p.real));
+  }
+  cuda::add_quadratic(term);
+#endif
+}
 
 // The quadratic term L/2 |B x|^2 and its derivatives, in the real type throughout.
 class Quadratic {
  public:
   explicit Quadratic(const Problem& p)
-      : p_(p), x_(p.x.to(p.real)), b_(p.embedding.defined() ? p.embedding.to(p.real) : Tensor()) {}
+      : p_(p), x_(one_pass(p) ? p.x : p.x.to(p.real)), b_(p.embedding.defined() ? p.embedding.to(p.real) : Tensor()) {}
 
   const Tensor& x() const { return x_; }
 
@@ -239,16 +313,18 @@ Values potential_and_map(const Problem& p, bool want_potential, bool want_map, b
   sweep.up(std::vector<bool>(p.layers(), false));
   if (want_potential) values.potential = at::empty({p.rows}, p.options(p.real));
   sweep.turn({}, values.potential, /*keep_hidden=*/false, want_map);
-  if (want_potential) {
-    values.potential.add_(quadratic.squared_norm() * (p.inverse_lipschitz * 0.5));
-    values.potential = values.potential.to(p.output);
-  }
   if (want_map) {
     sweep.down(0, save);
-    values.map = product(sweep.d(), p.skip_weight, p.real);
-    quadratic.add_map(values.map, p.x);
-    values.map = values.map.to(p.output);
+    values.map = product(sweep.d(), p.skip_weight, one_pass(p) ? p.output : p.real);
   }
+  if (one_pass(p)) {
+    add_to_map(p, p.x, values.map, values.potential);
+  } else {
+    if (want_potential) values.potential.add_(quadratic.squared_norm() * (p.inverse_lipschitz * 0.5));
+    if (want_map) quadratic.add_map(values.map, p.x);
+  }
+  if (want_potential) values.potential = values.potential.to(p.output);
+  if (want_map) values.map = values.map.to(p.output);
   if (save) {
     const auto none = [&] { return at::empty({0}, p.options(p.real)); };
     values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none(),
@@ -262,12 +338,12 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   const auto layers = p.layers();
   const bool tangent = v_any.defined();
   const Quadratic quadratic(p);
-  const auto v = tangent ? v_any.to(p.real) : Tensor();
+  const auto v = tangent ? (one_pass(p) ? v_any : v_any.to(p.real)) : Tensor();
   const auto u = u_any.defined() ? u_any.to(p.real).contiguous() : Tensor();
   std::vector<Tensor> result(wanted.size());
 
   // grad_L = sum <v, B x> + u/2 |B x|^2
-  if (wanted[grad_inverse_lipschitz]) {
+  if (wanted[grad_inverse_lipschitz] && !one_pass(p)) {
     auto sum = at::zeros({1}, p.options(p.real));
     if (tangent) sum.add_((quadratic.pull(v) * quadratic.x()).sum());
     if (u.defined()) sum.add_((u * quadratic.squared_norm()).sum() * 0.5);
@@ -282,7 +358,10 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
     keep_hidden[k] = wanted[grad_weights + k];
     if (keep_hidden[k]) lowest = std::min(lowest, k + 1);
   }
-  if (lowest > layers) return result;
+  if (lowest > layers) {
+    if (one_pass(p)) add_to_gradients(p, v, u, result, wanted);
+    return result;
+  }
 
   Sweep sweep(p, tangent, saved);
   const auto x = p.x.to(p.operand);
@@ -300,18 +379,19 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   // grad_W_k = D'_k^T h_{k-1} + D_k^T h'_{k-1}, the output weight's likewise
   for (size_t k = 0; k < layers; ++k) {
     if (keep_hidden[k]) {
-      result[grad_weights + k] = product(p.columns(stacked_d, k + 1).t(), sweep.hidden(k), p.real);
+      result[grad_weights + k] = product(p.columns(stacked_d, k + 1).t(), sweep.hidden(k), result_type(p));
     }
   }
   // grad_b = sum_n D'
-  if (wanted[grad_bias]) result[grad_bias] = at::sum(d_tangent, {0}, /*keepdim=*/false, p.real);
+  if (wanted[grad_bias]) result[grad_bias] = at::sum(d_tangent, {0}, /*keepdim=*/false, result_type(p));
   // grad_x = D' A B + L B^T (v + u B x)
   if (wanted[grad_x]) {
-    auto gradient = product(d_tangent, sweep.embedded_weight(), p.real);
-    if (tangent) gradient.addcmul_(quadratic.pull(v), p.inverse_lipschitz);
-    if (u.defined()) gradient.addcmul_(quadratic.gram_x(), (u * p.inverse_lipschitz).unsqueeze(1));
+    auto gradient = product(d_tangent, sweep.embedded_weight(), one_pass(p) ? result_type(p) : p.real);
+    if (tangent && !one_pass(p)) gradient.addcmul_(quadratic.pull(v), p.inverse_lipschitz);
+    if (u.defined() && !one_pass(p)) gradient.addcmul_(quadratic.gram_x(), (u * p.inverse_lipschitz).unsqueeze(1));
     result[grad_x] = gradient;
   }
+  if (one_pass(p)) add_to_gradients(p, v, u, result, wanted);
   // D'^T x, the half of grad_A that has the width of x
   Tensor narrow_half;
   const bool dense = p.embedding.defined();
@@ -320,9 +400,9 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   }
   // grad_A = D'^T x B^T + D^T v
   if (wanted[grad_skip_weight]) {
-    auto gradient = tangent      ? product(d.t(), v_operand, p.real)
-                    : p.padded() ? at::zeros({p.units + 1, p.width}, p.options(p.real))
-                                 : at::empty({p.units + 1, p.width}, p.options(p.real));
+    auto gradient = tangent      ? product(d.t(), v_operand, result_type(p))
+                    : p.padded() ? at::zeros({p.units + 1, p.width}, p.options(result_type(p)))
+                                 : at::empty({p.units + 1, p.width}, p.options(result_type(p)));
     if (dense) {
       multiply(gradient, narrow_half, p.embedding.to(p.operand).t(), tangent);
     } else {
@@ -354,10 +434,17 @@ std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
   sweep.down(0, /*keep=*/false);
   // T = D A + L B x ; T' = D' A + L B x'
   const auto& d = sweep.d();
-  auto map = product(d.narrow(0, p.rows, p.rows), p.skip_weight, p.real);
-  quadratic.add_map(map, p.x);
-  auto map_tangent = product(d.narrow(0, 0, p.rows), p.skip_weight, p.real);
-  quadratic.add_map(map_tangent, tangent);
+  const auto type = one_pass(p) ? p.output : p.real;
+  auto map = product(d.narrow(0, p.rows, p.rows), p.skip_weight, type);
+  auto map_tangent = product(d.narrow(0, 0, p.rows), p.skip_weight, type);
+  if (one_pass(p)) {
+    Tensor none;
+    add_to_map(p, p.x, map, none);
+    add_to_map(p, tangent, map_tangent, none);
+  } else {
+    quadratic.add_map(map, p.x);
+    quadratic.add_map(map_tangent, tangent);
+  }
   return {map.to(p.output), map_tangent.to(p.output)};
 }
 

@@ -6,6 +6,9 @@
 
 #include "core/plan.h"
 #include "cpu/fused.h"
+#if defined(ILVAE_CUDA)
+#include "cuda/fused_route.h"
+#endif
 #include "fused_route.h"
 #include "matmul_route.h"
 #include "problem.h"
@@ -26,7 +29,7 @@ Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
 
 // The route of a call; what it saves depends on it.
 Route route_of(const Arguments& c, int64_t route) {
-  return choice_of(c.weights, c.output_dtype(), route, std::nullopt).route;
+  return choice_of(c.x, c.skip_weight, c.weights, c.embedding.defined(), c.output_dtype(), route, std::nullopt).route;
 }
 
 c10::SymInt saved_rows(const Arguments& c, Route route) {
@@ -35,13 +38,27 @@ c10::SymInt saved_rows(const Arguments& c, Route route) {
   return route == Route::fused ? (rows + (cpu::row_padding - 1)) / cpu::row_padding * cpu::row_padding : rows;
 }
 
+c10::SymInt saved_columns(const Arguments& c, Route route) {
+  const auto units = c.skip_weight.sym_size(0) - 1;
+  return route == Route::fused ? units + 1 : matmul::padded_units(units);
+}
+
+// In which pre-activations and adjoints are saved, unless a call says otherwise.
+at::ScalarType saved_dtype(const Arguments& c) {
+  const auto operand = c.output_dtype();
+  return operand == at::kBFloat16 && !c.x.is_cuda() ? at::kFloat : operand;
+}
+
 // The kernels read what was saved through bare pointers.
 void check_saved(const Arguments& c, at::TensorList saved, Route route) {
   if (saved.empty()) return;
   TORCH_CHECK_VALUE(saved.size() == 3, "saved: got ", saved.size(), " tensors, wanted none or 3");
   const auto rows = saved_rows(c, route);
   const auto units = c.skip_weight.sym_size(0) - 1;
-  const auto real = c.output_dtype() == at::kBFloat16 ? at::kFloat : c.output_dtype();
+  const auto real = saved[0].scalar_type();
+  const auto floating = c.output_dtype();
+  TORCH_CHECK_VALUE(real == saved_dtype(c) || (!c.x.is_cpu() && real == floating), "saved[0]: got dtype ", real,
+                    ", wanted ", saved_dtype(c));
   const auto check = [&](size_t i, c10::SymInt height, c10::SymInt width, at::ScalarType dtype) {
     const auto& t = saved[i];
     TORCH_CHECK_VALUE(t.dim() == 2 && t.sym_size(0) == height && t.sym_size(1) == width && t.scalar_type() == dtype &&
@@ -49,7 +66,7 @@ void check_saved(const Arguments& c, at::TensorList saved, Route route) {
                       "saved[", i, "]: got ", t.sym_sizes(), " in ", t.scalar_type(), ", wanted a contiguous (", height,
                       ", ", width, ") in ", dtype, ", as potential_and_map saved it");
   };
-  check(0, rows, units + 1, real);
+  check(0, rows, saved_columns(c, route), real);
   const auto none = [&](size_t i) { return saved[i].dim() == 1 && saved[i].sym_size(0) == 0; };
   if (!none(1)) check(1, rows, units - c.weights.back().sym_size(1), real);
   if (c.embedding.defined()) check(2, units + 1, c.x.sym_size(-1), c.output_dtype());
@@ -69,9 +86,10 @@ void check_cotangents(const Arguments& c, const OptionalTensor& map_cotangent,
                     "wanted: got the gradient of an embedding, wanted none: there is no embedding");
 }
 
-Tensor flat(const OptionalTensor& t, const Problem& p, int64_t columns) {
+Tensor flat(const OptionalTensor& t, const Arguments& c, int64_t columns) {
   if (!t) return {};
-  return columns > 0 ? t->reshape({p.rows, columns}) : t->reshape({p.rows});
+  const int64_t rows = c10::multiply_integers(c.x.sizes().slice(0, c.x.dim() - 1));
+  return columns > 0 ? t->reshape({rows, columns}) : t->reshape({rows});
 }
 
 std::vector<int64_t> leading(const Tensor& x) { return x.sizes().slice(0, x.dim() - 1).vec(); }
@@ -99,21 +117,38 @@ const Tensor& like(const Arguments& c, size_t gradient) {
   }
 }
 
-// CPU
+// Each route, on the device of x
+
+matmul::Values run_potential_and_map(const Arguments& c, Route route, bool want_potential, bool want_map, bool save) {
+#if defined(ILVAE_CUDA)
+  if (c.x.is_cuda() && route == Route::fused) return cuda::fused_potential_and_map(c, want_potential, want_map);
+#endif
+  const auto run = route == Route::fused ? fused::potential_and_map : matmul::potential_and_map;
+  return run(Problem(c), want_potential, want_map, save);
+}
+
+std::vector<Tensor> run_training_terms(const Arguments& c, Route route, const Tensor& v, const Tensor& u,
+                                       at::TensorList saved, const std::vector<bool>& wanted) {
+#if defined(ILVAE_CUDA)
+  if (c.x.is_cuda() && route == Route::fused) return cuda::fused_training_terms(c, v, u, wanted);
+#endif
+  const auto run = route == Route::fused ? fused::training_terms : matmul::training_terms;
+  return run(Problem(c), v, u, saved, wanted);
+}
+
+// CPU, and CUDA devices
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
-    int64_t route, std::optional<bool> /*recompute: for autograd*/) {
+    int64_t route, std::optional<bool> /*recompute: for autograd*/, OptionalType /*saved_dtype: for fake tensors*/) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
-  const Problem p(c);
-  const auto run = route_of(c, route) == Route::fused ? fused::potential_and_map : matmul::potential_and_map;
-  auto values = run(p, want_potential, want_map, save);
-  const auto none = [&] { return at::empty({0}, p.options(p.output)); };
+  auto values = run_potential_and_map(c, route_of(c, route), want_potential, want_map, save);
+  const auto none = [&] { return at::empty({0}, x.options().dtype(c.output_dtype())); };
   return {want_potential ? values.potential.view(leading(x)) : none(),
-          want_map ? values.map.view(with_last(leading(x), p.width)) : none(), std::move(values.saved)};
+          want_map ? values.map.view(with_last(leading(x), c.width())) : none(), std::move(values.saved)};
 }
 
 std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -124,16 +159,16 @@ std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weigh
                                        OptionalType product_dtype, int64_t route) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
-  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted, route_of(c, route));
-  const Problem p(c);
-  std::vector<bool> flags(grad_weights + p.layers());
+  const auto taken = route_of(c, route);
+  check_cotangents(c, map_cotangent, potential_cotangent, saved, wanted, taken);
+  std::vector<bool> flags(grad_weights + c.weights.size());
   for (size_t i = 0; i < flags.size(); ++i) flags[i] = (wanted >> i) & 1;
-  const auto run = route_of(c, route) == Route::fused ? fused::training_terms : matmul::training_terms;
-  auto gradients = run(p, flat(map_cotangent, p, p.width), flat(potential_cotangent, p, 0), saved, flags);
+  auto gradients =
+      run_training_terms(c, taken, flat(map_cotangent, c, c.width()), flat(potential_cotangent, c, 0), saved, flags);
   for (size_t i = 0; i < flags.size(); ++i) {
     auto& gradient = gradients[i];
     if (!flags[i]) {
-      gradient = at::empty({0}, p.options(p.output));
+      gradient = at::empty({0}, x.options().dtype(c.output_dtype()));
     } else {
       gradient = gradient.to(like(c, i).scalar_type());
       if (gradient.sizes() != like(c, i).sizes()) gradient = gradient.view(like(c, i).sizes());
@@ -151,7 +186,7 @@ std::tuple<Tensor, Tensor> map_jvp_cpu(const Tensor& x, const Tensor& skip_weigh
                         product_dtype);
   c.check_rows("tangent", tangent, x.sym_size(-1));
   const Problem p(c);
-  const auto run = route_of(c, route) == Route::fused ? fused::map_jvp : matmul::map_jvp;
+  const auto run = !x.is_cuda() && route_of(c, route) == Route::fused ? fused::map_jvp : matmul::map_jvp;
   auto [map, map_tangent] = run(p, tangent.reshape({p.rows, p.input}));
   const auto sizes = with_last(leading(x), p.width);
   return {map.view(sizes), map_tangent.view(sizes)};
@@ -178,16 +213,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_meta(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
-    int64_t route, std::optional<bool> /*recompute: for autograd*/) {
+    int64_t route, std::optional<bool> /*recompute: for autograd*/, OptionalType saved_dtype) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   const auto output = c.output_dtype();
-  const auto real = output == at::kBFloat16 ? at::kFloat : output;
+  const auto real = saved_dtype.value_or(ops::saved_dtype(c));
   std::vector<Tensor> saved;
   if (save) {
-    const auto rows = saved_rows(c, route_of(c, route));
+    const auto taken = route_of(c, route);
+    const auto rows = saved_rows(c, taken);
     const auto units = skip_weight.sym_size(0) - 1;
-    saved.push_back(meta(c, {rows, units + 1}, real));
+    saved.push_back(meta(c, {rows, saved_columns(c, taken)}, real));
     saved.push_back(want_map ? meta(c, {rows, units - weights.back().sym_size(1)}, real) : meta(c, {0}, real));
     saved.push_back(c.embedding.defined() ? meta(c, {units + 1, x.sym_size(-1)}, output) : meta(c, {0}, real));
   }
@@ -253,11 +289,12 @@ struct Autocast {
       const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
       const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
       Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType given, int64_t route,
-      std::optional<bool> recompute) {
+      std::optional<bool> recompute, OptionalType saved_dtype) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
     return ops::potential_and_map().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
                                          inverse_lipschitz, float32(embedding), activations, activation_parameters,
-                                         want_potential, want_map, save, product_dtype(x, given), route, recompute);
+                                         want_potential, want_map, save, product_dtype(x, given), route, recompute,
+                                         saved_dtype);
   }
 
   static std::vector<Tensor> training_terms(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -290,6 +327,34 @@ struct Autocast {
   }
 };
 
+#if defined(ILVAE_CUDA)
+
+// CUDA: the same functions on the device of x; errors of kernels name operator and shape
+constexpr char potential_and_map_name[] = "potential_and_map", training_terms_name[] = "training_terms",
+               map_jvp_name[] = "map_jvp";
+
+template <const char* name, auto function, class Signature = std::remove_pointer_t<decltype(function)>>
+struct OnDevice;
+template <const char* name, auto function, class Result, class... Rest>
+struct OnDevice<name, function, Result(const Tensor&, const Tensor&, Rest...)> {
+  static Result call(const Tensor& x, const Tensor& skip_weight, Rest... rest) {
+    const c10::DeviceGuard guard(x.device());
+    try {
+      return function(x, skip_weight, rest...);
+    } catch (c10::ValueError&) {
+      throw;
+    } catch (c10::Error& error) {
+      std::ostringstream where;
+      where << name << " in " << c10::toString(x.scalar_type()) << " with x " << x.sizes() << ", skip_weight "
+            << skip_weight.sizes() << " on " << x.device();
+      error.add_context(where.str());
+      throw;
+    }
+  }
+};
+
+#else
+
 // CUDA: a build without CUDA kernels has the same functions, which say so
 
 constexpr auto no_cuda =
@@ -300,6 +365,8 @@ void raise_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().operator_name().name, ": ", no_cuda);
 }
 
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(ilvae_fast, m) {
@@ -308,8 +375,8 @@ TORCH_LIBRARY(ilvae_fast, m) {
   m.def(
       "potential_and_map(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
       "Tensor? embedding, int[] activations, float[] activation_parameters, bool want_potential, bool want_map, "
-      "bool save=False, ScalarType? product_dtype=None, int route=0, bool? recompute=None) -> (Tensor potential, "
-      "Tensor map, Tensor[] saved)",
+      "bool save=False, ScalarType? product_dtype=None, int route=0, bool? recompute=None, ScalarType? "
+      "saved_dtype=None) -> (Tensor potential, Tensor map, Tensor[] saved)",
       tags);
   m.def(
       "training_terms(Tensor x, Tensor skip_weight, Tensor bias, Tensor[] weights, Tensor inverse_lipschitz, "
@@ -347,9 +414,15 @@ TORCH_LIBRARY_IMPL(ilvae_fast, AutocastCPU, m) { Autocast<c10::DeviceType::CPU>:
 TORCH_LIBRARY_IMPL(ilvae_fast, AutocastCUDA, m) { Autocast<c10::DeviceType::CUDA>::implement(m); }
 
 TORCH_LIBRARY_IMPL(ilvae_fast, CUDA, m) {
+#if defined(ILVAE_CUDA)
+  m.impl("potential_and_map", OnDevice<potential_and_map_name, potential_and_map_cpu>::call);
+  m.impl("training_terms", OnDevice<training_terms_name, training_terms_cpu>::call);
+  m.impl("map_jvp", OnDevice<map_jvp_name, map_jvp_cpu>::call);
+#else
   for (const auto name : {"potential_and_map", "training_terms", "map_jvp"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<raise_on_cuda>());
   }
+#endif
 }
 
 }  // namespace ilvae::ops

@@ -17,12 +17,12 @@ using Floats = at::ArrayRef<double>;
 
 // -> potential (...), map (..., d), saved; the first two empty where not wanted. route: a Route of core/plan.h.
 // recompute: whether the backward pass recomputes what it needs (by default the plan decides); without autograd nothing
-// is saved unless `save` asks for it.
+// is saved unless `save` asks for it; saved_dtype: in which dtype the device saves, for fake tensors.
 using PotentialAndMap = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
-    int64_t route, std::optional<bool> recompute);
+    int64_t route, std::optional<bool> recompute, OptionalType saved_dtype);
 
 // -> gradients in the order of `Gradient`; wanted: bit i for gradient i, the others come back empty
 using TrainingTerms = std::vector<Tensor>(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,

@@ -1,5 +1,9 @@
 #include "problem.h"
 
+#if defined(ILVAE_CUDA)
+#include "cuda/fused_route.h"
+#endif
+
 #include <cmath>
 
 namespace ilvae {
@@ -26,11 +30,15 @@ void check_like_x(const char* name, const at::Tensor& t, const at::Tensor& x) {
 
 void Arguments::check() const {
   const auto dtype = x.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16, "x: got dtype ", dtype,
-                    ", wanted float64, float32 or bfloat16");
+  const bool half = !x.is_cpu();  // float16 too (fake tensors are on no device at all)
   TORCH_CHECK_VALUE(
-      !product_dtype || *product_dtype == at::kBFloat16 || *product_dtype == at::kFloat || *product_dtype == dtype,
-      "autocast: got dtype ", *product_dtype, ", wanted bfloat16 or float32");
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || (half && dtype == at::kHalf),
+      "x: got dtype ", dtype,
+      half ? ", wanted float64, float32, bfloat16 or float16" : ", wanted float64, float32 or bfloat16");
+  TORCH_CHECK_VALUE(!product_dtype || *product_dtype == at::kBFloat16 || *product_dtype == at::kFloat ||
+                        *product_dtype == dtype || (half && *product_dtype == at::kHalf),
+                    "autocast: got dtype ", *product_dtype,
+                    half ? ", wanted bfloat16, float16 or float32" : ", wanted bfloat16 or float32");
   TORCH_CHECK_VALUE(x.dim() >= 1, "x: got a tensor without dimensions, wanted (..., d)");
   check_like_x("skip_weight", skip_weight, x);
   check_like_x("bias", bias, x);
@@ -106,23 +114,32 @@ void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<
   TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ", print());
 }
 
-Choice choice_of(at::TensorList weights, at::ScalarType operand, int64_t route, std::optional<bool> recompute) {
+Choice choice_of(const at::Tensor& x, [[maybe_unused]] const at::Tensor& skip_weight, at::TensorList weights,
+                 [[maybe_unused]] bool dense, at::ScalarType operand, int64_t route, std::optional<bool> recompute) {
   TORCH_CHECK_VALUE(route >= 0 && route <= int64_t(Route::fused), "route: got code ", route, ", wanted 0 to ",
                     int64_t(Route::fused));
+  // a fake tensor does not know its device here: autograd has settled the route where it did
+  if (x.is_meta() && route != 0) return {static_cast<Route>(route), recompute.value_or(false), "asked for"};
   Layers layers;
-  for (const auto& w : weights) {  // before check() under autograd, which then says what is wrong with them
-    layers.widths.push_back(w.dim() == 2 ? w.sym_size(1).guard_int(__FILE__, __LINE__) : 0);
-  }
+  // before check() under autograd, which then says what is wrong with them
+  const auto columns = [](const at::Tensor& t) {
+    return t.dim() == 2 ? t.sym_size(1).guard_int(__FILE__, __LINE__) : 0;
+  };
+  for (const auto& w : weights) layers.widths.push_back(columns(w));
   layers.full_precision = operand == at::kFloat || operand == at::kDouble;
+#if defined(ILVAE_CUDA)
+  layers.cuda = x.is_cuda();
+  if (layers.cuda) layers.refusal = cuda::refusal(x.device(), layers.widths, columns(skip_weight), dense, operand);
+#endif
   const auto choice = choose(layers, static_cast<Route>(route), recompute);
   TORCH_CHECK_VALUE(route == 0 || int64_t(choice.route) == route, "route: got fused, wanted matmul for products in ",
-                    operand);
+                    operand, layers.cuda ? " on this device: " + layers.refusal : "");
   return choice;
 }
 
 Problem::Problem(const Arguments& c)
     : operand(c.output_dtype()),
-      real(operand == at::kBFloat16 ? at::kFloat : operand),
+      real(operand == at::kBFloat16 || operand == at::kHalf ? at::kFloat : operand),
       output(operand),
       input(c.x.size(-1)),
       width(c.width()),

@@ -36,13 +36,14 @@ struct Arguments {
 };
 
 // Which route a call takes, and whether its backward pass recomputes.
-Choice choice_of(at::TensorList weights, at::ScalarType operand, int64_t route, std::optional<bool> recompute);
+Choice choice_of(const at::Tensor& x, const at::Tensor& skip_weight, at::TensorList weights, bool dense,
+                 at::ScalarType operand, int64_t route, std::optional<bool> recompute);
 
 // The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
 struct Problem {
   explicit Problem(const Arguments& arguments);
 
-  at::ScalarType operand;  // enters matrix products: float64, float32 or bfloat16
+  at::ScalarType operand;  // enters matrix products: float64, float32, bfloat16 or float16
   at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32
   at::ScalarType output;
   int64_t rows, input, width, units;     // N, m, d, S

@@ -19,4 +19,5 @@ def plan(
     operand_bytes: int,
     route: int,
     recompute: bool | None,
+    cuda_shared_bytes: int,
 ) -> Plan: ...

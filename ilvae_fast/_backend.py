@@ -101,6 +101,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     route: str = "auto",
     recompute: bool | None = None,
+    device: str | torch.device = "cpu",
 ) -> Plan:
     """Which route a map takes, and what it costs: a pure function of shape and dtype.
 
@@ -114,6 +115,7 @@ def plan(
         route: "auto", or a route to force.
         recompute: whether the backward pass recomputes instead of reading what the forward pass saved; None: whatever
             is faster.
+        device: "cpu" or a CUDA device, of whose shared memory the fused kernels depend; where there is none, an H100.
 
     Returns:
         flops of the matrix products of the map and of the training terms (all gradients, one map cotangent), and the
@@ -132,9 +134,16 @@ def plan(
     m = in_features if embedding_features is None else embedding_features
     if not 1 <= m <= in_features:
         raise ValueError(f"embedding_features: got {m}, wanted 1 to {in_features}, in_features")
-    if route == "fused" and dtype.itemsize < 4:
+    cuda = torch.device(device).type == "cuda"
+    if route == "fused" and dtype.itemsize < 4 and not cuda:
         raise ValueError(f"route: got 'fused', wanted 'matmul' for {str(dtype).removeprefix('torch.')}")
     dense = embedding_features is not None and embedding == "dense"
     real = torch.promote_types(dtype, torch.float32).itemsize
-    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize, code, recompute)
+    shared = 0
+    if cuda:
+        properties: Any = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
+        shared = properties.shared_memory_per_block_optin if properties else 232448
+    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize, code, recompute, shared)
+    if route not in ("auto", p.route):
+        raise ValueError(f"route: got {route!r}, wanted {p.route!r}: {p.reason}")
     return Plan(p.route, p.reason, p.recompute, p.map_flops, p.training_flops, p.saved_bytes)

@@ -2,7 +2,8 @@
 
 Arguments common to all functions:
 
-    x (..., d), or (..., m) with an embedding: float64, float32 or bfloat16, any strides, any leading shape, also empty
+    x (..., d), or (..., m) with an embedding: float64, float32, bfloat16 or, on GPUs, float16; any strides, any leading
+        shape, also empty
     skip_weight (S+1, d), bias (S+1,): the skip terms of all layers, S = n_1 + .. + n_K; the last row is the output's
     weights: the effective, non-negative [W_2 (n_2, n_1), .., W_K (n_K, n_{K-1}), w (1, n_K)]
     activations: K + 1 names or :class:`ilvae_fast.Activation`, the output's last

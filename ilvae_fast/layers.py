@@ -97,8 +97,8 @@ class BrenierMap(nn.Module):
         self.route, self.recompute, self.validate = route, recompute, validate
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype or torch.get_default_dtype()}
-        if factory["dtype"] not in (torch.float64, torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype: got {dtype}, wanted float64, float32 or bfloat16")
+        if factory["dtype"] not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: got {dtype}, wanted float64, float32, bfloat16 or, on GPUs, float16")
         units = sum(self.hidden_features)
         self.skip_weight = nn.Parameter(torch.empty(units + 1, in_features, **factory))
         self.bias = nn.Parameter(torch.empty(units + 1, **factory))

@@ -177,7 +177,7 @@ def test_training_with_an_ordinary_optimiser():
         ((5, (4,)), {"inverse_lipschitz": torch.ones(2)}, ValueError, r"inverse_lipschitz: got shape \(2,\)"),
         ((5, (4,)), {"inverse_lipschitz": torch.tensor(float("nan"))}, ValueError, "inverse_lipschitz: got nan"),
         ((5, (4,)), {"route": "quick"}, ValueError, "route: got 'quick'"),
-        ((5, (4,)), {"dtype": torch.float16}, ValueError, "dtype: got torch.float16"),
+        ((5, (4,)), {"dtype": torch.int64}, ValueError, "dtype: got torch.int64"),
     ],
 )
 def test_refusals(arguments, options, error, words):

@@ -30,13 +30,21 @@ struct Derivatives {
   T value, first, second;
 };
 
+// The parameter of an activation as the functions use it; device code gets it ready-made.
+template <class T>
+struct Parameter {
+  T value = 0, inverse = 0;
+  Parameter() = default;
+  ILVAE_HD Parameter(double parameter) : value(T(parameter)), inverse(T(1 / parameter)) {}
+};
+
 template <ActivationKind kind, class T>
 struct Function;
 
 template <class T>
 struct Function<ActivationKind::softplus, T> {
   T beta, inverse;
-  ILVAE_HD explicit Function(double parameter) : beta(T(parameter)), inverse(T(1 / parameter)) {}
+  ILVAE_HD explicit Function(Parameter<T> p) : beta(p.value), inverse(p.inverse) {}
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const T t = beta * a;
     const T e = exp_nonpositive(t < 0 ? t : -t);
@@ -48,7 +56,7 @@ struct Function<ActivationKind::softplus, T> {
 template <class T>
 struct Function<ActivationKind::leaky_relu, T> {
   T slope;
-  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const T first = a > 0 ? T(1) : slope;
     return {first * a, first, T(0)};
@@ -57,14 +65,14 @@ struct Function<ActivationKind::leaky_relu, T> {
 
 template <class T>
 struct Function<ActivationKind::relu, T> {
-  ILVAE_HD explicit Function(double) {}
+  ILVAE_HD explicit Function(Parameter<T>) {}
   ILVAE_HD Derivatives<T> operator()(T a) const { return {a <= 0 ? T(0) : a, a > 0 ? T(1) : T(0), T(0)}; }
 };
 
 template <class T>
 struct Function<ActivationKind::celu, T> {
   T alpha, inverse;
-  ILVAE_HD explicit Function(double parameter) : alpha(T(parameter)), inverse(T(1 / parameter)) {}
+  ILVAE_HD explicit Function(Parameter<T> p) : alpha(p.value), inverse(p.inverse) {}
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const T t = a > 0 ? T(0) : a * inverse;
     const T e = exp_nonpositive(t);
@@ -75,7 +83,7 @@ struct Function<ActivationKind::celu, T> {
 template <class T>
 struct Function<ActivationKind::smooth_leaky_relu, T> {
   T slope;
-  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const auto soft = Function<ActivationKind::softplus, T>(1.0)(a);
     const T rest = T(1) - slope;
@@ -85,14 +93,14 @@ struct Function<ActivationKind::smooth_leaky_relu, T> {
 
 template <class T>
 struct Function<ActivationKind::identity, T> {
-  ILVAE_HD explicit Function(double) {}
+  ILVAE_HD explicit Function(Parameter<T>) {}
   ILVAE_HD Derivatives<T> operator()(T a) const { return {a, T(1), T(0)}; }
 };
 
 template <class T>
 struct Function<ActivationKind::squared_leaky_relu, T> {
   T slope;
-  ILVAE_HD explicit Function(double parameter) : slope(T(parameter)) {}
+  ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
   ILVAE_HD Derivatives<T> operator()(T a) const {
     const T c = a > 0 ? T(1) : slope, l = c * a;
     return {l * l, T(2) * l * c, T(2) * c * c};
@@ -101,9 +109,8 @@ struct Function<ActivationKind::squared_leaky_relu, T> {
 
 // Calls body(function) with the Function object of a run-time activation.
 template <class T, class Body>
-ILVAE_HD void for_activation(Activation activation, const Body& body) {
-  const double p = activation.parameter;
-  switch (activation.kind) {
+ILVAE_HD void for_activation(ActivationKind kind, Parameter<T> p, const Body& body) {
+  switch (kind) {
     case ActivationKind::softplus:
       return body(Function<ActivationKind::softplus, T>(p));
     case ActivationKind::leaky_relu:
@@ -119,6 +126,10 @@ ILVAE_HD void for_activation(Activation activation, const Body& body) {
     case ActivationKind::squared_leaky_relu:
       return body(Function<ActivationKind::squared_leaky_relu, T>(p));
   }
+}
+template <class T, class Body>
+ILVAE_HD void for_activation(Activation activation, const Body& body) {
+  for_activation<T>(activation.kind, Parameter<T>(activation.parameter), body);
 }
 
 }  // namespace ilvae

@@ -15,6 +15,8 @@ enum class Route : int { automatic = 0, matmul = 1, fused = 2 };
 struct Layers {
   std::vector<int64_t> widths;  // n_1 .. n_K
   bool full_precision = true;   // operands of products in float32 or float64
+  bool cuda = false;            // on a CUDA device, where
+  std::string refusal;          // says why the fused kernels do not take them; empty: they do
 };
 
 struct Choice {
@@ -30,6 +32,12 @@ inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> rec
   int64_t hidden = 0;
   for (size_t k = 1; k < layers.widths.size(); ++k) hidden += layers.widths[k] * layers.widths[k - 1];
   if (wanted == Route::matmul) return {wanted, recompute.value_or(false), "asked for"};
+  if (layers.cuda && !layers.refusal.empty()) {
+    return {Route::matmul, recompute.value_or(false), layers.refusal};
+  }
+  if (layers.cuda) {
+    return {Route::fused, true, wanted == Route::fused ? "asked for" : "fits the multiprocessors of the device"};
+  }
   if (!layers.full_precision)
     return {Route::matmul, recompute.value_or(false), "bfloat16 products have units of their own"};
   return {Route::fused, recompute.value_or(hidden <= recompute_weights),
@@ -42,6 +50,8 @@ struct Shape {
   bool dense = false;                      // a dense embedding: A B is formed once per call
   int64_t real_bytes = 4;                  // of what is saved: 8 for float64, else 4
   int64_t operand_bytes = 4;               // of the operands of products
+  bool cuda = false;                       // as in Layers
+  std::string refusal = {};
 };
 
 struct Plan {
@@ -59,7 +69,7 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   }
   const double n = double(s.rows), skip_in = double(s.input) * (units + 1), skip_out = double(s.width) * (units + 1);
   const double embedding = s.dense ? 2.0 * s.width * skip_in : 0;  // A B
-  const auto choice = choose({s.widths, s.operand_bytes >= 4}, wanted, recompute);
+  const auto choice = choose({s.widths, s.operand_bytes >= 4, s.cuda, s.refusal}, wanted, recompute);
   Plan p;
   p.route = choice.route == Route::fused ? "fused" : "matmul";
   p.reason = choice.reason;
@@ -72,8 +82,9 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   if (p.recompute) {
     p.training_flops += p.map_flops;
   } else {
-    const int64_t rows = choice.route == Route::fused ? (s.rows + 15) / 16 * 16 : s.rows;
-    p.saved_bytes = s.real_bytes * rows * (units + 1 + units - s.widths.back()) +
+    const bool fused = choice.route == Route::fused;
+    const int64_t rows = fused ? (s.rows + 15) / 16 * 16 : s.rows, columns = fused ? units + 1 : (units + 8) / 8 * 8;
+    p.saved_bytes = (s.cuda ? s.operand_bytes : s.real_bytes) * rows * (columns + units - s.widths.back()) +
                     (s.dense ? s.operand_bytes * (units + 1) * s.input : 0);
   }
   return p;

@@ -1,0 +1,165 @@
+"""The operators on a CUDA device. Skipped where there is none; the kernels themselves run everywhere on the host
+executor (test_cuda_fused.py, test_cuda_pointwise.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ilvae_fast as il
+from cases import Case
+from comparison import assert_as_accurate_as_eager
+from ilvae_fast import functional, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SOFT = il.Activation("softplus")
+# narrow ones take the fused kernels, the others cuBLAS and the pointwise kernels
+NETWORKS = {
+    "2, 32x2": Case(2, (32, 32), (SOFT,) * 3, "none", (130,), 0.7, 1),
+    "5, 40x4": Case(5, (40, 24, 40, 33), (SOFT,) * 5, "identity", (3, 50), 0.7, 2),
+    "64, 64x3": Case(64, (64, 64, 64), (SOFT,) * 4, "none", (257,), 0.7, 3),
+    "32, 128x2": Case(32, (128, 128), (SOFT,) * 3, "none", (1000,), 0.7, 4),
+    "48, 300x2": Case(48, (300, 296), (SOFT,) * 3, "identity", (200,), 0.7, 5),
+    "6, 32x6": Case(6, (32,) * 6, (SOFT,) * 7, "none", (70,), 0.7, 6),
+    "9, 24x2, dense": Case(9, (24, 24), (SOFT,) * 3, "dense", (70,), 0.7, 7),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _on_device(tensors):
+    tensors.named = {n: t.detach().cuda() for n, t in tensors.named.items()}
+    tensors.u, tensors.v = tensors.u.cuda(), tensors.v.cuda()
+    return tensors
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cotangents", [(True, False), (True, True), (False, True)], ids=str)
+def test_values_and_gradients(name, dtype, cotangents):
+    tensors = NETWORKS[name].tensors(dtype)
+    exact = tensors.double()
+    terms = tensors.double().absolute_terms(*cotangents)
+    with torch.no_grad():
+        values = dict(zip(("potential", "map"), _on_device(tensors).outputs(), strict=True))
+        eager = dict(zip(("potential", "map"), tensors.outputs(reference), strict=True))
+        exacts = dict(zip(("potential", "map"), exact.outputs(reference), strict=True))
+    values |= tensors.gradients(functional, *cotangents)
+    eager |= tensors.gradients(reference, *cotangents)
+    exacts |= exact.gradients(reference, *cotangents)
+    for key, value in values.items():
+        ours, theirs, truth = value.detach().cpu(), eager[key].detach().cpu(), exacts[key].detach()
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-11 * float(1 + truth.abs().max()))
+        else:
+            assert_as_accurate_as_eager(key, ours, theirs, truth, terms.get(key) if key != "x" else None)
+
+
+@pytest.mark.parametrize("name", ["2, 32x2", "48, 300x2"])
+def test_the_same_bits_every_time(name):
+    tensors = _on_device(NETWORKS[name].tensors(torch.float32))
+    first = tensors.gradients(functional, True, True)
+    for _ in range(3):
+        for key, value in tensors.gradients(functional, True, True).items():
+            assert torch.equal(value, first[key]), key
+
+
+@pytest.mark.parametrize("name", ["2, 32x2", "32, 128x2", "48, 300x2"])
+def test_captured_in_a_graph_with_a_schedule_of_constants(name):
+    tensors = _on_device(NETWORKS[name].tensors(torch.float32))
+    constant = tensors.named["inverse_lipschitz"]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            tensors.gradients(functional, True, False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tensors.gradients(functional, True, False)
+    for value in (0.1, 2.0):
+        with torch.no_grad():
+            constant.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        for key, expected in tensors.gradients(functional, True, False).items():
+            assert torch.equal(captured[key], expected), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("width", [16, 320])
+def test_launches(dtype, layers, width):
+    """At most 4K + 4 for the map and 6K + 8 for the training terms; one, and one and a sum, on the fused route."""
+    case = Case(8, (width,) * layers, (SOFT,) * (layers + 1), "none", (64,), 0.7, 8)
+    tensors = _on_device(case.tensors(dtype))
+    x, skip, bias, weights = tensors.positional()
+    rest = (x, skip, bias, weights, tensors.named["inverse_lipschitz"], None)
+    codes, parameters = [0] * (layers + 1), [1.0] * (layers + 1)
+    ops = torch.ops.ilvae_fast
+    everything = 0b1111 | ((1 << layers) - 1) << 5
+
+    def launches(call):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        # what cuBLAS launches beside its products is its own
+        return sum(not any(part in n for part in ("splitK", "Memset", "Memcpy")) for n in names)
+
+    fused = width <= 128 and layers <= 4
+    count = launches(lambda: ops.potential_and_map(*rest, codes, parameters, True, True))
+    assert count <= (1 if fused else 4 * layers + 4)
+    saved = [] if fused else ops.potential_and_map(*rest, codes, parameters, True, True, True)[2]
+    count = launches(lambda: ops.training_terms(*rest, tensors.v, tensors.u, saved, codes, parameters, everything))
+    assert count <= (2 if fused else 6 * layers + 8)
+
+
+@pytest.mark.parametrize("name", ["2, 32x2", "48, 300x2"])
+def test_empty_batches(name):
+    case = NETWORKS[name]
+    tensors = _on_device(
+        Case(case.width, case.hidden, case.activations, case.embedding, (0,), 0.7, 1).tensors(torch.float32)
+    )
+    phi, t = tensors.outputs()
+    assert phi.shape == (0,)
+    assert t.shape == (0, case.width)
+    for key, value in tensors.gradients(functional, True, True).items():
+        assert value.shape == tensors.named[key].shape, key
+        assert not value.any(), key
+
+
+def test_mixed_devices_and_dtypes_are_named():
+    tensors = _on_device(NETWORKS["2, 32x2"].tensors(torch.float32))
+    x, skip, bias, weights = tensors.positional()
+    with pytest.raises(ValueError, match="bias: got device cpu, wanted cuda"):
+        functional.brenier_map(x, skip, bias.cpu(), weights, **tensors.options())
+    with pytest.raises(ValueError, match="skip_weight: got dtype Half, wanted Float"):
+        functional.brenier_map(x, skip.half(), bias, weights, **tensors.options())
+
+
+def test_another_stream():
+    tensors = _on_device(NETWORKS["32, 128x2"].tensors(torch.float32))
+    expected = tensors.outputs()[1]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        result = tensors.outputs()[1]
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    layer = il.BrenierMap(16, (64, 64), device="cuda")
+    x = torch.randn(100, 16, device="cuda")
+    with torch.autocast("cuda", dtype):
+        low = layer(x)
+    assert low.dtype == dtype
+    low.float().square().sum().backward()
+    assert layer.skip_weight.grad is not None
+    assert layer.skip_weight.grad.dtype == torch.float32
+    torch.testing.assert_close(low.float(), layer(x), rtol=2e-2, atol=2e-2)
