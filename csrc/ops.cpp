@@ -145,7 +145,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     int64_t route, std::optional<bool> /*recompute: for autograd*/, OptionalType /*saved_dtype: for fake tensors*/) {
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
-  auto values = run_potential_and_map(c, route_of(c, route), want_potential, want_map, save);
+  auto taken = route_of(c, route);
+  if (route == int64_t(Route::automatic) && !save) {
+    int64_t parameters = skip_weight.numel();
+    for (const auto& w : weights) parameters += w.numel();
+    if (few_rows(x.numel() / x.size(-1), parameters)) taken = Route::matmul;
+  }
+  auto values = run_potential_and_map(c, taken, want_potential, want_map, save);
   const auto none = [&] { return at::empty({0}, x.options().dtype(c.output_dtype())); };
   return {want_potential ? values.potential.view(leading(x)) : none(),
           want_map ? values.map.view(with_last(leading(x), c.width())) : none(), std::move(values.saved)};

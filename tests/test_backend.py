@@ -112,6 +112,8 @@ def test_plan_counts_flops_and_bytes():
     assert (matmul.route, matmul.recompute) == ("matmul", False)
     assert matmul.saved_bytes == 4 * 510 * (136 + 64)  # rows start at 16-byte boundaries
     assert il.plan(510, 2, (512, 512)).recompute is False
+    assert "so few rows: matmul" in il.plan(1, 784, (512, 512)).reason
+    assert "few" not in il.plan(1, 2, (64, 64)).reason
     assert il.plan(510, 2, (64, 64), dtype=torch.bfloat16).route == "matmul"
 
 

@@ -92,6 +92,14 @@ def test_saved_panels_outlive_a_change_of_the_number_of_threads():
     assert_equal_to_rounding("x", gradient, tensors.gradients(reference, True, False)["x"])
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_the_map_of_few_rows_of_a_large_network(rows):
+    case = _case(200, (300, 300), "none", rows)
+    tensors = case.__class__(**{**case.__dict__, "route": "auto"}).tensors(torch.float64)
+    for name, a, b in zip(("potential", "map"), tensors.outputs(), tensors.outputs(reference), strict=True):
+        assert_equal_to_rounding(name, a, b)
+
+
 @pytest.mark.slow
 def test_operands_above_the_budget_are_worked_through_in_chunks():
     case = _case(1500, (1500, 1500), "none", 1600, later="softplus")  # without kinks: float32 against float32

@@ -26,7 +26,11 @@ struct Choice {
 };
 
 // Above this many hidden weights recomputing the sweep costs more than saving it is worth (benchmarks/NOTES.md).
-inline constexpr int64_t recompute_weights = 32768;
+inline constexpr int64_t recompute_weights = 8192;
+
+// On the CPU the map alone of so few rows of a network with so many parameters only streams the weights, which all
+// threads do faster together, one product after the other: values that nothing is saved for take the matmul route.
+inline bool few_rows(int64_t rows, int64_t parameters) { return rows <= 8 && parameters >= (int64_t(1) << 17); }
 
 inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> recompute) {
   int64_t hidden = 0;
@@ -74,6 +78,10 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   p.route = choice.route == Route::fused ? "fused" : "matmul";
   p.reason = choice.reason;
   p.recompute = choice.recompute;
+  if (wanted == Route::automatic && choice.route == Route::fused && !s.cuda &&
+      few_rows(s.rows, hidden + s.width * (units + 1))) {
+    p.reason += "; the map alone, without autograd, of so few rows: matmul";
+  }
   // up with P = x (A B)^T, down with T = D A
   p.map_flops = 2 * n * (skip_in + skip_out + 2 * hidden) + embedding;
   // tangents up with P' = v A^T, adjoints down with D' A B, then D'^T x (m wide) and D^T v (d wide) and the
