@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
   const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations, activation_parameters,
                         product_dtype);
   auto taken = route_of(c, route);
-  if (route == int64_t(Route::automatic) && !save) {
+  if (route == int64_t(Route::automatic) && !save && x.is_cpu()) {
     int64_t parameters = skip_weight.numel();
     for (const auto& w : weights) parameters += w.numel();
     if (few_rows(x.numel() / x.size(-1), parameters)) taken = Route::matmul;

@@ -92,6 +92,43 @@ def test_saved_panels_outlive_a_change_of_the_number_of_threads():
     assert_equal_to_rounding("x", gradient, tensors.gradients(reference, True, False)["x"])
 
 
+def test_what_overflows_off_the_batch_alone_spoils_nothing():
+    # finite on the batch (x = 1), infinite in float32 at x = 0
+    x = torch.ones(3, 4)
+    skip, bias = torch.full((9, 4), -1e20 / 4), torch.full((9,), 1e20)
+    skip[8], bias[8] = 0.0, 0.0
+    weights = [torch.full((1, 8), 0.5, requires_grad=True)]
+    activations = ("squared_leaky_relu", "softplus")
+    gradients = []
+    for route in ("fused", "matmul"):
+        t = functional.brenier_map(x, skip, bias, weights, activations=activations, route=route)
+        gradients.append(torch.autograd.grad(t.sum(), weights)[0])
+    assert bool(gradients[0].isfinite().all())
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_call_that_ran_out_of_memory_does_not_harm_the_next():
+    code = """
+import resource, torch, ilvae_fast as il
+torch.set_num_threads(1)
+def run(width):
+    with torch.no_grad():
+        return il.functional.brenier_map(torch.ones(64, 2), torch.ones(width + 1, 2), torch.ones(width + 1),
+            [torch.ones(1, width)], activations=["softplus"] * 2, route="fused")
+before = run(1000)
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), hard))
+try:
+    run(1_000_000)
+    raise SystemExit("was to run out of memory")
+except (MemoryError, RuntimeError):
+    pass
+assert torch.equal(run(1000), before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_the_map_of_few_rows_of_a_large_network(rows):
     case = _case(200, (300, 300), "none", rows)

@@ -29,7 +29,7 @@ struct Choice {
 inline constexpr int64_t recompute_weights = 8192;
 
 // On the CPU the map alone of so few rows of a network with so many parameters only streams the weights, which all
-// threads do faster together, one product after the other: values that nothing is saved for take the matmul route.
+// threads do faster together, one product after the other: without autograd it takes the matmul route.
 inline bool few_rows(int64_t rows, int64_t parameters) { return rows <= 8 && parameters >= (int64_t(1) << 17); }
 
 inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> recompute) {

@@ -45,6 +45,7 @@ class Buffer {
   T* grow(int64_t elements) {
     if (elements > size_) {
       data_.reset();
+      size_ = 0;  // should the next line throw
       data_.reset(static_cast<T*>(::operator new(elements * sizeof(T), alignment)));
       size_ = elements;
     }

@@ -2,11 +2,11 @@
 // the contract between the tensors (fused_route.cpp), the schedule (fused.cpp) and the tiles of an instruction set
 // (fused_tile.h).
 //
-// Inside a tile every matrix has one row per unit and one column per row of the batch, a *panel*: element (unit j, row
-// r) lies at j * lanes + r. A full tile has `tile_rows` lanes; the last may have fewer, always a multiple of
-// row_padding. Lanes beyond the batch hold x = v = 0 and u = 0, so that D', h' and a' are zero there and gradients need
-// no masks. Where the panels of all tiles lie in one array, those of a tile start at (lanes of the tiles before) *
-// units. Symbols are those of the design.
+// Inside a tile every matrix has one row per unit and one column, a lane, per row of the batch, a *panel*: element
+// (unit j, row r) lies at j * lanes + r. A full tile has panel_lanes lanes, in small batches fewer, always whole
+// vectors. Lanes beyond the batch hold v = 0, u = 0 and some row of x, so that D', h' and a' are zero there and
+// gradients need no masks. Where the panels of all tiles lie in one array, those of a tile start at
+// (lanes of the tiles before) * units. Symbols are those of the design.
 #pragma once
 
 #include <cstddef>

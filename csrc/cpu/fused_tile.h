@@ -18,13 +18,17 @@ struct Scratch {
   }
 };
 
-// target (columns, lanes) = transposed rows of the batch, zero beyond them.
+// target (columns, lanes) = transposed rows of the batch; beyond them zero, or, for x, its last row again: a network is
+// as finite there as it is on the batch, so that its zero adjoints do not meet an infinity.
 template <class T>
-static void load_rows(T* target, const T* rows, int64_t columns, const Tile& tile) {
-  if (tile.rows < tile.lanes) {
-    for (int64_t i = 0; i < columns * tile.lanes; ++i) target[i] = T(0);
-  }
+static void load_rows(T* target, const T* rows, int64_t columns, const Tile& tile, bool repeat_last = false) {
   transpose(target, tile.lanes, rows + tile.first_row * columns, columns, tile.rows, columns);
+  if (tile.rows == tile.lanes) return;
+  for (int64_t j = 0; j < columns; ++j) {
+    T* const row = target + j * tile.lanes;
+    const T filling = repeat_last ? row[tile.rows - 1] : T(0);
+    for (int64_t r = tile.rows; r < tile.lanes; ++r) row[r] = filling;
+  }
 }
 
 template <class T>
@@ -148,7 +152,7 @@ static void map_tile(const Network<T>& net, const MapArguments<T>& c, const Tile
   const bool linear_output = net.output_activation.kind == ActivationKind::identity;
   const bool need_o = c.potential || saves || !linear_output;
 
-  load_rows(x, c.x, net.input, tile);
+  load_rows(x, c.x, net.input, tile, true);
   for (int64_t l = 0; l <= last; ++l) {
     const auto& layer = net.hidden[l];
     T* const a = saves ? saved + layer.first * lanes : current;
@@ -416,7 +420,7 @@ static void training_tile(const Network<T>& net, const TrainingArguments<T>& c, 
   T* const x = kept.x && narrow ? kept.x + tile.offset * net.input : take(net.input);
   T* const v = !tangent ? nullptr : kept.v && narrow ? kept.v + tile.offset * net.width : take(net.width);
   T* const u = take(1);
-  load_rows(x, c.x, net.input, tile);
+  load_rows(x, c.x, net.input, tile, true);
   if (tangent) load_rows(v, c.map_cotangent, net.width, tile);
   for (int64_t r = 0; r < lanes; ++r) {
     u[r] = c.potential_cotangent && r < tile.rows ? c.potential_cotangent[tile.first_row + r] : T(0);
@@ -495,7 +499,7 @@ static void jvp_tile(const Network<T>& net, const JvpArguments<T>& c, const Tile
   const auto take = [&](int64_t units) { return Scratch<T>::take(scratch, units * lanes); };
   auto p = take_panels<T>(net, take);
   T *const x = take(net.input), *const tangent = take(net.input), *const u = take(1);
-  load_rows(x, c.x, net.input, tile);
+  load_rows(x, c.x, net.input, tile, true);
   load_rows(tangent, c.tangent, net.input, tile);
   for (int64_t r = 0; r < lanes; ++r) u[r] = T(0);
   p.x = x;
@@ -519,9 +523,10 @@ static int64_t training_scratch(const Network<T>& net) {
 
 // Weight gradients
 
+// More re-read the operands from the L2 cache, fewer the gradient.
 inline constexpr int64_t tiles_at_once = 4;
 
-// Adds a pair of tiles' operands to rows [begin, end) of a panel of the gradient.
+// Rows [begin, end) of a panel of the gradient, `tiles_at_once` tiles in one pass.
 template <class T>
 static void weight_gradient_panel(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t panel,
                                   int64_t begin, int64_t end) {
