@@ -16,7 +16,7 @@ namespace ilvae::cpu {
 namespace {
 
 // Flops below which a second thread costs more than it brings (benchmarks/NOTES.md).
-constexpr double serial_flops = 2e6;
+constexpr double serial_flops = 1e6;
 // Operands of the weight gradients above which rows are worked through in chunks: of one thread, of all together.
 constexpr int64_t chunk_bytes = int64_t(1) << 20, shared_bytes = int64_t(64) << 20;
 
@@ -115,7 +115,7 @@ double sweep_flops(const Network<T>& net) {  // of a row
 template <class T>
 void fused_map(const Network<T>& net, const MapArguments<T>& c) {
   const auto& k = kernels<T>();
-  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.panel_lanes));
+  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.tile_lanes));
   const int64_t elements = k.map_scratch(net);
   const int threads = threads_for(tiles.size(), sweep_flops(net) * c.rows);
   run(tiles.size(), threads, [&](int64_t i) { k.map(net, c, tiles[i], thread_memory<T>(elements)); });
@@ -124,7 +124,7 @@ void fused_map(const Network<T>& net, const MapArguments<T>& c) {
 template <class T>
 void fused_jvp(const Network<T>& net, const JvpArguments<T>& c) {
   const auto& k = kernels<T>();
-  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.panel_lanes));
+  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.tile_lanes));
   const int64_t elements = k.training_scratch(net);
   const int threads = threads_for(tiles.size(), 2 * sweep_flops(net) * c.rows);
   run(tiles.size(), threads, [&](int64_t i) { k.jvp(net, c, tiles[i], thread_memory<T>(elements)); });
@@ -194,7 +194,7 @@ class Gradients {
                                 .first_unit = first_unit,
                                 .right_columns = {right_columns, columns},
                                 .add = add};
-      const int64_t panels = dot ? 1 : (columns + kernels_.panel_lanes - 1) / kernels_.panel_lanes;
+      const int64_t panels = dot ? 1 : (columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
       // a column panel of this many rows stays in the L2 cache; every thread gets about two
       const int64_t height = std::min<int64_t>(252, threads == 1 ? rows : (rows / (2 * threads) + 11) / 12 * 12 + 12);
       for (int64_t p = 0; p < panels; ++p) {
@@ -350,7 +350,7 @@ void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& c,
 template <class T>
 void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted) {
   if (c.rows == 0) return;
-  const int64_t lanes = tile_lanes(c.rows, kernels<T>().panel_lanes), tiles = (c.rows + lanes - 1) / lanes;
+  const int64_t lanes = tile_lanes(c.rows, kernels<T>().tile_lanes), tiles = (c.rows + lanes - 1) / lanes;
   const int threads = threads_for(tiles, 2 * sweep_flops(net) * c.rows);
   if (threads == 1) return training_by_rows(net, c, wanted, lanes, threads);
   // elements moved: shares of gradients written and read, or operands read on another core

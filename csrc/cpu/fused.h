@@ -3,7 +3,7 @@
 // (fused_tile.h).
 //
 // Inside a tile every matrix has one row per unit and one column, a lane, per row of the batch, a *panel*: element
-// (unit j, row r) lies at j * lanes + r. A full tile has panel_lanes lanes, in small batches fewer, always whole
+// (unit j, row r) lies at j * lanes + r. A full tile has tile_lanes lanes, in small batches fewer, always whole
 // vectors. Lanes beyond the batch hold v = 0, u = 0 and some row of x, so that D', h' and a' are zero there and
 // gradients need no masks. Where the panels of all tiles lie in one array, those of a tile start at
 // (lanes of the tiles before) * units. Symbols are those of the design.
@@ -75,8 +75,8 @@ struct Operands {
 
 // A gradient C (rows, columns) = sum over the rows of the batch of left_0 right_0 + left_1 right_1; the second pair may
 // be absent. left: panels. right: *row panels*, where element (row r, column j) of a tile lies at
-// p * panel_lanes * lanes + r * w + j - p * panel_lanes with p = j / panel_lanes and w the columns of panel p padded to
-// whole vectors; or panels (`dot`).
+// p * panel_columns * lanes + r * w + j - p * panel_columns with p = j / panel_columns and w the columns of panel p
+// padded to whole vectors; or panels (`dot`).
 template <class T>
 struct WeightGradient {
   T* gradient = nullptr;
@@ -96,8 +96,8 @@ struct Tile {
 // What an instruction set provides.
 template <class T>
 struct FusedKernels {
-  int64_t panel_lanes, vector_lanes;          // of a full tile or panel; of a vector
-  int64_t (*map_scratch)(const Network<T>&);  // elements
+  int64_t tile_lanes, panel_columns, vector_lanes;  // of a full tile, a full row panel, a vector
+  int64_t (*map_scratch)(const Network<T>&);        // elements
   int64_t (*training_scratch)(const Network<T>&);
   void (*map)(const Network<T>&, const MapArguments<T>&, const Tile&, T* scratch);
   void (*training)(const Network<T>&, const TrainingArguments<T>&, const Operands<T>&, const Tile&, T* scratch);

@@ -39,8 +39,8 @@ static void store_rows(T* rows, const T* source, int64_t columns, const Tile& ti
 // Columns of panel p of a matrix with `columns` columns, padded to whole vectors.
 template <class T>
 ILVAE_INLINE int64_t padded_columns(int64_t columns, int64_t p) {
-  const int64_t left = columns - p * panel_lanes<T>, n = lanes_of<T>;
-  return left >= panel_lanes<T> ? panel_lanes<T> : (left + n - 1) / n * n;
+  const int64_t left = columns - p * panel_columns<T>, n = lanes_of<T>;
+  return left >= panel_columns<T> ? panel_columns<T> : (left + n - 1) / n * n;
 }
 
 template <class T>
@@ -51,8 +51,8 @@ ILVAE_INLINE int64_t row_panel_elements(int64_t columns, int64_t lanes) {
 // Row panels from a panel (units, lanes).
 template <class T>
 static void turn_panel(T* target, const T* source, int64_t units, int64_t lanes) {
-  for (int64_t p = 0; p * panel_lanes<T> < units; ++p) {
-    const int64_t first = p * panel_lanes<T>, width = padded_columns<T>(units, p);
+  for (int64_t p = 0; p * panel_columns<T> < units; ++p) {
+    const int64_t first = p * panel_columns<T>, width = padded_columns<T>(units, p);
     const int64_t valid = units - first < width ? units - first : width;
     T* const panel = target + first * lanes;
     if (valid < width) {
@@ -67,8 +67,8 @@ static void turn_panel(T* target, const T* source, int64_t units, int64_t lanes)
 // Row panels, laid out for `columns` columns, from rows (N, valid_columns) of the batch.
 template <class T>
 static void pack_rows(T* target, int64_t columns, const T* rows, int64_t valid_columns, const Tile& tile) {
-  for (int64_t p = 0; p * panel_lanes<T> < valid_columns; ++p) {
-    const int64_t first = p * panel_lanes<T>, width = padded_columns<T>(columns, p);
+  for (int64_t p = 0; p * panel_columns<T> < valid_columns; ++p) {
+    const int64_t first = p * panel_columns<T>, width = padded_columns<T>(columns, p);
     const int64_t valid = valid_columns - first < width ? valid_columns - first : width;
     T* const panel = target + first * tile.lanes;
     for (int64_t r = 0; r < tile.lanes; ++r) {
@@ -237,7 +237,7 @@ static void map_tile(const Network<T>& net, const MapArguments<T>& c, const Tile
 template <class T>
 static int64_t map_scratch(const Network<T>& net) {
   const int64_t units = net.input + 2 * net.widest + net.units + 1 + 1 + net.width * (net.embedding ? 2 : 1);
-  return units * panel_lanes<T>;
+  return units * tile_lanes<T>;
 }
 
 // The panels of a tile between the sweeps and what follows them.
@@ -518,7 +518,7 @@ static void jvp_tile(const Network<T>& net, const JvpArguments<T>& c, const Tile
 template <class T>
 static int64_t training_scratch(const Network<T>& net) {
   const int64_t units = 4 * net.widest + 2 * (net.units + 1) + 4 * net.input + 3 * net.width + 3;
-  return units * panel_lanes<T>;
+  return units * tile_lanes<T>;
 }
 
 // Weight gradients
@@ -530,11 +530,11 @@ inline constexpr int64_t tiles_at_once = 4;
 template <class T>
 static void weight_gradient_panel(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t panel,
                                   int64_t begin, int64_t end) {
-  const int64_t first = panel * panel_lanes<T>, width = padded_columns<T>(g.columns, panel);
+  const int64_t first = panel * panel_columns<T>, width = padded_columns<T>(g.columns, panel);
   const int64_t valid = g.columns - first < width ? g.columns - first : width;
   // A panel with padding is worked on aside, a few rows at a time: the gradient has no room for it.
   constexpr int64_t strip = 8 * block_rows;
-  T aside[strip * panel_lanes<T>];
+  T aside[strip * panel_columns<T>];
   const bool whole = valid == width;
   for (int64_t i = begin; i < end; i += whole ? end - begin : strip) {
     const int64_t rows = whole ? end - begin : (end - i < strip ? end - i : strip);
@@ -558,7 +558,7 @@ static void weight_gradient_panel(const WeightGradient<T>& g, const Tile* tiles,
                            g.right[pair] + offset * row_panel_elements<T>(g.columns, 1) + first * lanes, lanes};
         }
       }
-      detail::with_lanes<Order::rows>(width, c, stride, rows, static_cast<const T*>(nullptr), add, terms, used);
+      detail::all_rows<Order::rows, T>({c, stride, width, nullptr, add, terms, used}, rows);
       add = true;
     }
     if (!whole) {
@@ -634,8 +634,8 @@ static void sum_rows(T* gradient, const T* panels, int64_t units, const Tile* ti
 
 template <class T>
 static constexpr FusedKernels<T> kernels_of() {
-  return {panel_lanes<T>,   lanes_of<T>, map_scratch<T>,     training_scratch<T>, map_tile<T>,
-          training_tile<T>, jvp_tile<T>, weight_gradient<T>, sum_rows<T>};
+  return {tile_lanes<T>, panel_columns<T>, lanes_of<T>, map_scratch<T>,     training_scratch<T>,
+          map_tile<T>,   training_tile<T>, jvp_tile<T>, weight_gradient<T>, sum_rows<T>};
 }
 
 extern const AllFusedKernels fused_kernels{kernels_of<double>(), kernels_of<float>()};

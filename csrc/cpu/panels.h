@@ -1,8 +1,9 @@
 // Matrix products on panels. Part of fused_tile.h.
 //
-// A panel (k, lanes) has `lanes` contiguous elements for each k, a whole number of vectors, at most panel_vectors. The
-// left factor is read where it lies: element (i, p) at a[i * stride + p] (Order::rows) or at a[p * stride + i]
-// (Order::columns, a transposed factor), so that neither direction of a sweep packs the weights.
+// A panel (k, lanes) has `lanes` contiguous elements for each k, a whole number of vectors. The left factor is read
+// where it lies: element (i, p) at a[i * stride + p] (Order::rows) or at a[p * stride + i] (Order::columns, a
+// transposed factor), so that neither direction of a sweep packs the weights. A block of its rows meets all lanes
+// before the next, panel_vectors vectors of them at a time.
 #pragma once
 
 #include "cpu/vectors.h"
@@ -26,23 +27,26 @@ inline constexpr int64_t piece_bytes = 36 * 1024;
 
 namespace detail {
 
+// ahead: the rows of the next block are fetched meanwhile, too short a run for the hardware to see in time.
 template <Order order, int rows, int vectors, class T>
-ILVAE_INLINE void accumulate(Vector<T> (&sum)[rows][vectors], const T* a, int64_t stride, const T* panel,
-                             int64_t depth) {
+ILVAE_INLINE void accumulate(Vector<T> (&sum)[rows][vectors], const T* a, int64_t stride, const T* panel, int64_t lanes,
+                             int64_t depth, bool ahead) {
   constexpr int n = lanes_of<T>;
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t begin = 0; begin < depth; begin += line) {
     const int64_t end = depth - begin < line ? depth : begin + line;
-    if constexpr (order == Order::rows) {
-      // the rows of the next block, too short a run for the hardware to see in time
-      for (int i = 0; i < rows; ++i) __builtin_prefetch(a + (i + block_rows) * stride + begin, 0, 2);
+    if (ahead) {
+      if constexpr (order == Order::rows) {
+        for (int i = 0; i < rows; ++i) __builtin_prefetch(a + (i + block_rows) * stride + begin, 0, 2);
+      } else {
+        for (int64_t p = begin; p < end; ++p) __builtin_prefetch(a + p * stride + rows - 1 + line, 0, 2);
+      }
     }
 #pragma GCC unroll 2
     for (int64_t p = begin; p < end; ++p) {
-      if constexpr (order == Order::columns) __builtin_prefetch(a + p * stride + rows - 1 + line, 0, 2);
       Vector<T> b[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) b[v] = load(panel + (p * vectors + v) * n);
+      for (int v = 0; v < vectors; ++v) b[v] = load(panel + p * lanes + v * n);
 #pragma GCC unroll 6
       for (int i = 0; i < rows; ++i) {
         const T scalar = order == Order::rows ? a[i * stride + p] : a[p * stride + i];
@@ -53,69 +57,79 @@ ILVAE_INLINE void accumulate(Vector<T> (&sum)[rows][vectors], const T* a, int64_
   }
 }
 
-// c = bias + sum of terms (bias may be null), or c += with `add`; for `rows` rows of c from row i.
+// What multiply() computes, as its blocks see it.
+template <class T>
+struct Product {
+  T* c;
+  int64_t c_stride, lanes;
+  const T* bias;
+  bool add;
+  const Term<T>* terms;
+  int count;
+};
+
+// Rows from i and vectors from lane j of c = bias + sum of terms (bias may be null), or c += with `add`.
 template <Order order, int rows, int vectors, class T>
-ILVAE_INLINE void block(T* c, int64_t c_stride, const T* bias, bool add, const Term<T>* terms, int count, int64_t i) {
+ILVAE_INLINE void block(const Product<T>& p, int64_t i, int64_t j) {
   constexpr int n = lanes_of<T>;
   Vector<T> sum[rows][vectors];
-  T* const corner = c + i * c_stride;
+  T* const corner = p.c + i * p.c_stride + j;
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       sum[r][v] = Vector<T>{};
-      if (bias) sum[r][v] += bias[i + r];
+      if (p.bias) sum[r][v] += p.bias[i + r];
     }
   }
-  for (int t = 0; t < count; ++t) {
-    const auto& term = terms[t];
-    accumulate<order>(sum, term.a + (order == Order::rows ? i * term.stride : i), term.stride, term.panel, term.depth);
+  for (int t = 0; t < p.count; ++t) {
+    const auto& term = p.terms[t];
+    accumulate<order>(sum, term.a + (order == Order::rows ? i * term.stride : i), term.stride, term.panel + j, p.lanes,
+                      term.depth, j == 0);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      T* const target = corner + r * c_stride + v * n;
+      T* const target = corner + r * p.c_stride + v * n;
       // added last: sums of pieces err less than one long sum
-      store(target, add ? load(target) + sum[r][v] : sum[r][v]);
+      store(target, p.add ? load(target) + sum[r][v] : sum[r][v]);
     }
   }
 }
 
-template <Order order, int vectors, class T>
-static void all_rows(T* c, int64_t c_stride, int64_t rows, const T* bias, bool add, const Term<T>* terms, int count) {
-  int64_t i = 0;
-  for (; i + block_rows <= rows; i += block_rows) {
-    block<order, block_rows, vectors>(c, c_stride, bias, add, terms, count, i);
-  }
-  switch (rows - i) {
-    case 5:
-      return block<order, 5, vectors>(c, c_stride, bias, add, terms, count, i);
-    case 4:
-      return block<order, 4, vectors>(c, c_stride, bias, add, terms, count, i);
+template <Order order, int rows, class T>
+ILVAE_INLINE void all_lanes(const Product<T>& p, int64_t i) {
+  constexpr int64_t n = lanes_of<T>;
+  int64_t j = 0;
+  for (; j + panel_vectors * n <= p.lanes; j += panel_vectors * n) block<order, rows, panel_vectors>(p, i, j);
+  switch ((p.lanes - j) / n) {
+#if defined(__AVX512F__)
     case 3:
-      return block<order, 3, vectors>(c, c_stride, bias, add, terms, count, i);
+      return block<order, rows, 3>(p, i, j);
     case 2:
-      return block<order, 2, vectors>(c, c_stride, bias, add, terms, count, i);
+      return block<order, rows, 2>(p, i, j);
+#endif
     case 1:
-      return block<order, 1, vectors>(c, c_stride, bias, add, terms, count, i);
+      return block<order, rows, 1>(p, i, j);
   }
 }
 
 template <Order order, class T>
-static void with_lanes(int64_t lanes, T* c, int64_t c_stride, int64_t rows, const T* bias, bool add,
-                       const Term<T>* terms, int count) {
-  switch (lanes / lanes_of<T>) {
-    case 1:
-      return all_rows<order, 1>(c, c_stride, rows, bias, add, terms, count);
-    case 2:
-      return all_rows<order, 2>(c, c_stride, rows, bias, add, terms, count);
-#if defined(__AVX512F__)
-    case 3:
-      return all_rows<order, 3>(c, c_stride, rows, bias, add, terms, count);
+static void all_rows(const Product<T>& p, int64_t rows) {
+  int64_t i = 0;
+  for (; i + block_rows <= rows; i += block_rows) all_lanes<order, block_rows>(p, i);
+  switch (rows - i) {
+    case 5:
+      return all_lanes<order, 5>(p, i);
     case 4:
-      return all_rows<order, 4>(c, c_stride, rows, bias, add, terms, count);
-#endif
+      return all_lanes<order, 4>(p, i);
+    case 3:
+      return all_lanes<order, 3>(p, i);
+    case 2:
+      return all_lanes<order, 2>(p, i);
+    case 1:
+      return all_lanes<order, 1>(p, i);
   }
 }
 
@@ -131,7 +145,7 @@ static void multiply(int64_t lanes, T* c, int64_t c_stride, int64_t rows, const 
   int grouped = 0;
   int64_t depth = 0;
   const auto flush = [&] {
-    detail::with_lanes<order>(lanes, c, c_stride, rows, bias, add, group, grouped);
+    detail::all_rows<order, T>({c, c_stride, lanes, bias, add, group, grouped}, rows);
     bias = nullptr;
     add = true;
     grouped = 0;

@@ -15,6 +15,8 @@ inline constexpr int vector_bytes = 32, panel_vectors = 2;  // 6 x 2 of 16
 #else
 inline constexpr int vector_bytes = 16, panel_vectors = 2;
 #endif
+// More lanes read the weights less often; the panels of a layer still stay close.
+inline constexpr int tile_bytes = 256;
 
 template <class T>
 struct VectorTypes;
@@ -33,9 +35,11 @@ using Vector = typename VectorTypes<T>::vector;
 
 template <class T>
 inline constexpr int lanes_of = vector_bytes / sizeof(T);
-// Rows of a full tile, columns of a full panel.
+// Columns of a full row panel, as many as the accumulators hold; rows of a full tile.
 template <class T>
-inline constexpr int64_t panel_lanes = panel_vectors * lanes_of<T>;
+inline constexpr int64_t panel_columns = panel_vectors * lanes_of<T>;
+template <class T>
+inline constexpr int64_t tile_lanes = tile_bytes / sizeof(T);
 
 template <class T>
 ILVAE_INLINE Vector<T> load(const T* p) {
