@@ -206,13 +206,16 @@ def test_plans_for_a_gpu():
     assert low.saved_bytes == 2 * 510 * (568 + 304)
 
 
-def test_plans_for_a_gpu_with_single_tf32_products(monkeypatch):
+def test_plans_for_a_gpu_with_single_tf32_products():
     if not il.build_info()["cuda"]:
         pytest.skip("needs a build with CUDA")
     shape = (510, 256, (256, 256))
     assert il.plan(*shape, device="cuda").route == "fused"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    plan = il.plan(*shape, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        plan, forced = il.plan(*shape, device="cuda"), il.plan(*shape, device="cuda", route="fused")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     assert plan.route == "matmul"
     assert "predicted" in plan.reason
-    assert il.plan(*shape, device="cuda", route="fused").route == "fused"
+    assert forced.route == "fused"
