@@ -222,7 +222,9 @@ def measure(row: Row, device: str, compiled: bool, ceiling: dict[str, float], se
         kernels = kernels_of(steps[OURS], device)
         saved = {name: saved_bytes(made[name], row, device) for name in (OURS, "eager double backward")}
     network = model.Network(width, hidden, batch, latent)
-    route = "fused" if any("tile_kernel" in name for name in kernels) else "matmul"
+    route = (
+        "fused" if any(part in name for name in kernels for part in ("tile_kernel", "streamed_kernel")) else "matmul"
+    )
     gpu = model.gpu_of(torch.cuda.get_device_name()) if device == "cuda" else model.GPUS["H100"]
     predicted = sum(model.seconds(network, precision, gpu, route)) * 1e6 if gpu else None
     plan = il.plan(batch, width, hidden, embedding_features=latent)

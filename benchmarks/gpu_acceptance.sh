@@ -99,7 +99,7 @@ export python PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" ILVAE_FAST_TEST_DEVICE=$
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 selection=()
 [ -n "$dry_run" ] && selection=(-k "small_set or activations")
-own_kernels='regex:tile_kernel|reduce_kernel|up_kernel|down_kernel|turn_kernel|quadratic_kernel'
+own_kernels='regex:tile_kernel|streamed_kernel|pack_kernel|reduce_kernel|up_kernel|down_kernel|turn_kernel|quadratic_kernel'
 
 gpu_step build 520 bash -c build
 if [ -z "$dry_run" ] && ! grep -q '^build	ok' "$out/steps.tsv"; then

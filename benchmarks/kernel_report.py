@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 
 # Kernels by template: those that have to use tensor cores.
-TENSOR_CORE_KERNELS = ("tile_kernel",)
+TENSOR_CORE_KERNELS = ("tile_kernel", "streamed_kernel")
 RESERVED_SHARED = 1024  # of each block, by the system
 
 
@@ -214,16 +214,18 @@ def kernels_of(library: Path) -> list[Kernel]:
 LAYOUT_PROGRAM = """
 #include <cstdio>
 #include "cuda/fused.h"
+using namespace ilvae::cuda;
 int main() {
-  int kind, n, d, layers, training;
-  while (std::scanf("%d %d %d %d %d", &kind, &n, &d, &layers, &training) == 5)
-    std::printf("%d\\n", ilvae::cuda::layout(ilvae::cuda::Operands(kind), n, d, layers, training).total);
+  int streamed, kind, n, d, layers, training;
+  while (std::scanf("%d %d %d %d %d %d", &streamed, &kind, &n, &d, &layers, &training) == 6)
+    std::printf("%d\\n", streamed ? streamed_layout(Operands(kind), n, d, layers).total
+                                  : layout(Operands(kind), n, d, layers, training).total);
 }
 """
 
 
 def _tile_shared(shapes: Iterable[tuple[int, ...]]) -> list[int]:
-    """Bytes of shared memory of tile kernels (kind, n, d, layers, training), by the function the launcher uses."""
+    """Bytes of shared memory of fused kernels (streamed, kind, n, d, layers, training), by the launcher's function."""
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "layout.cpp", Path(folder) / "layout"
         source.write_text(LAYOUT_PROGRAM)
@@ -235,15 +237,18 @@ def _tile_shared(shapes: Iterable[tuple[int, ...]]) -> list[int]:
 
 
 def _add_dynamic_shared(kernels: list[Kernel]) -> None:
-    """A map kernel serves every depth: counted at two hidden layers."""
-    tiles = [
-        (k, tuple(map(int, m.groups())))
-        for k in kernels
-        if (m := re.fullmatch(r"tile_kernel<Operands (\d+), (\d+), (\d+), (\d+)>", k.name))
-    ]
+    """A map kernel serves every depth, and so does a streamed one: counted at two hidden layers, and at three."""
+    pattern = re.compile(r"(tile|streamed)_kernel<Operands (\d+), (\d+), (\d+), (\w+)>")
+    tiles, shapes = [], []
+    for k in kernels:
+        if m := pattern.fullmatch(k.name):
+            streamed = m[1] == "streamed"
+            training = m[5] not in ("0", "false")
+            layers = 3 if streamed else int(m[5]) or 2
+            tiles.append(k)
+            shapes.append((int(streamed), int(m[2]), int(m[3]), int(m[4]), layers, int(training)))
     if tiles:
-        shapes = [(kind, n, d, layers or 2, int(layers > 0)) for _, (kind, n, d, layers) in tiles]
-        for (kernel, _), total in zip(tiles, _tile_shared(shapes), strict=True):
+        for kernel, total in zip(tiles, _tile_shared(shapes), strict=True):
             kernel.dynamic_shared = total
 
 

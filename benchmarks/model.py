@@ -3,14 +3,17 @@
 A model, not a measurement: every figure it prints is labelled predicted, and the acceptance run prints it beside what
 was measured. Expected to be right to 40 % for the fused route and to 20 % for the matmul route.
 
-Fused route (tile kernel, one block per SM, tiles dealt over persistent blocks; symbols as in docs/mathematics.md):
+Fused route, resident weights (tile kernel, one block per SM, tiles dealt over persistent blocks; symbols as in
+docs/mathematics.md):
 
     tile   = (mma * clocks + R S * instructions / 128) * 1.15 + 150 * barriers            clocks
     launch = 2.5 us + weights / 42 GB/s + ceil(tiles / SMs) * tile
     gradients of parameters: + partial sums written at memory speed + a second launch that reads them from L2
 
 where an mma costs the larger of what the tensor cores take and what shared memory takes to deliver its operands, and
-a row and unit cost 40 (map) or 61 (training terms) instructions outside the products. Matmul route: for every product
+a row and unit cost 40 (map) or 61 (training terms) instructions outside the products. Streamed weights: every tile
+takes what it computes or what its share of the L2 cache takes to deliver the weights twice, whichever is more, and a
+barrier for each slab; training terms write operands for K products, which follow. Matmul route: for every product
 max(flops / rate, bytes / bandwidth), for every pointwise pass bytes / bandwidth, each at least a launch.
 """
 
@@ -36,13 +39,14 @@ class GPU:
     mma_clocks: float  # of an SM for an m16n8k16 in 16 bits or an m16n8k8 in tf32, by mma.sync
     launch: float = 2e-6  # seconds between kernels of a graph
     matmul_efficiency: float = 0.85
+    shared_bytes: int = 232448  # of a block, at most
     fill: float = 42e9  # bytes/s at which one SM fills its shared memory
 
 
 _HOPPER = {"float32": 67e12, "tf32": 400e12, "bfloat16": 800e12}
 _AMPERE = {"float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12}
 GPUS = {
-    "A100": GPU("A100", 108, 1.41e9, 1.7e12, 4.0e12, _AMPERE, 2.0),
+    "A100": GPU("A100", 108, 1.41e9, 1.7e12, 4.0e12, _AMPERE, 2.0, shared_bytes=166912),
     "H100": GPU("H100", 132, 1.7e9, 3.0e12, 5.5e12, _HOPPER, 1.63),
     "H200": GPU("H200", 132, 1.7e9, 4.3e12, 5.5e12, _HOPPER, 1.63),
 }
@@ -87,6 +91,10 @@ def _padded(n: int, sizes: tuple[int, ...]) -> int:
     raise ValueError(f"a width of {n} is beyond the fused route: at most {sizes[-1]}")
 
 
+def _leading(columns: int) -> int:
+    return (ceil(columns / 8) | 1) * 8
+
+
 @dataclass(frozen=True)
 class Tile:
     """How csrc/cuda/fused.h cuts the work of a block."""
@@ -94,57 +102,113 @@ class Tile:
     n: int
     d: int
     layers: int
+    training: bool
     row_groups: int
     column_groups: int
     element: int
+    streamed: bool = False
 
     @classmethod
-    def of(cls, network: Network, precision: str, training: bool) -> Tile:
-        n, layers = _padded(max(network.hidden), (32, 64, 128)), len(network.hidden)
+    def resident(cls, network: Network, precision: str, training: bool, compiled: bool = True) -> Tile | None:
+        """The tile with resident weights that holds the network, if it is compiled: csrc/cuda/fused_shapes.h."""
+        n, layers = max(network.hidden), len(network.hidden)
+        if compiled and (layers > 4 or n > 128 or network.width > (64 if n <= 64 else 128)):
+            return None
+        if compiled and training and n > 64 and (layers > 2 or (layers == 2 and network.width > 64)):
+            return None
+        n = _padded(n, (32, 64, 128))
         one = precision != "bfloat16" and (n == 128 or (n == 64 and training and layers >= 3))
-        return cls(
-            n,
-            _padded(network.width, (16, 64) if n < 128 else (32, 64, 128)),
-            layers,
-            1 if one else 2,
-            2 if n == 32 else 8 if one else 4,
-            element_bytes(precision),
-        )
+        d = _padded(network.width, (16, 64) if n < 128 else (32, 64, 128))
+        groups = 2 if n == 32 else 8 if one else 4
+        return cls(n, d, layers, training, 1 if one else 2, groups, element_bytes(precision))
 
-    def rows(self, training: bool) -> int:
-        return 16 * self.row_groups * (1 if training else 2)
+    @classmethod
+    def streaming(cls, network: Network, precision: str, training: bool) -> Tile:
+        """The tile with streamed weights."""
+        n, d = _padded(max(network.hidden), (128, 256)), _padded(network.width, (64, 256))
+        element = element_bytes(precision)
+        groups = (1, n // 32) if element == 4 else (2, 4)
+        return cls(n, d, len(network.hidden), training, *groups, element, streamed=True)
+
+    @classmethod
+    def of(cls, network: Network, precision: str, training: bool, gpu: GPU) -> Tile:
+        for tile in (cls.resident(network, precision, training), cls.streaming(network, precision, training)):
+            if tile and tile.layers <= 4 and tile.shared_bytes <= gpu.shared_bytes:
+                return tile
+        raise ValueError(f"{network} is beyond the fused route on an {gpu.name}")
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.row_groups * (1 if self.training else 2)
+
+    @property
+    def slab_depth(self) -> int:
+        return 16 if self.element == 4 else 32
 
     @property
     def weight_bytes(self) -> int:
-        leading = lambda columns: (ceil(columns / 8) | 1) * 8  # noqa: E731
-        return self.element * self.n * (leading(self.d) + (self.layers - 1) * leading(self.d + self.n))
+        """Of the weights in shared memory: all of them, or two slabs."""
+        if self.streamed:
+            up, down = self.n * _leading(self.slab_depth), self.slab_depth * _leading(max(self.n, self.d))
+            return 2 * self.element * max(up, down)
+        return self.element * self.n * (_leading(self.d) + (self.layers - 1) * _leading(self.d + self.n))
 
-    def products(self, training: bool) -> int:
-        """mma instructions of a tile."""
-        n, d, k = self.n, self.d, 16 if self.element == 2 else 8
+    @property
+    def shared_bytes(self) -> int:
+        rows, threads = 32 * self.row_groups, 32 * self.row_groups * self.column_groups
+        if self.streamed:
+            tile = _leading(self.n if self.element == 4 else max(self.n, self.d))
+        else:
+            tile = (self.layers if self.training else 2) * _leading(self.n)
+        stashed = 8 if self.streamed and self.element == 2 else 16
+        stash = (self.layers - 1) * (self.n // (8 * self.column_groups)) * 2 * stashed * threads
+        floats = (self.layers + 1) * self.n + self.d + (3 + self.column_groups) * rows + 4
+        return rows * (_leading(self.d) + tile) * self.element + self.weight_bytes + stash + 4 * floats
+
+    def products(self, columns: int) -> int:
+        """mma instructions of a tile, with so many columns of the input."""
+        n, d, k = self.n, columns, 16 if self.element == 2 else 8
         stacked = 32 * self.row_groups
         up = stacked * n * (d + (self.layers - 1) * (d + n))
-        out = (stacked // 2 if training else stacked) * self.layers * n * d
+        out = (stacked // 2 if self.training else stacked) * self.layers * n * d
         down = stacked * (self.layers - 1) * n * n + out
-        return (up + down + (up if training else 0)) // (16 * 8 * k)
+        weights = up if self.training and not self.streamed else 0
+        return (up + down + weights) // (16 * 8 * k)
 
 
 def fused_seconds(network: Network, precision: str, gpu: GPU, training: bool) -> float:
     """The map, or the training terms with the reduction of their partial sums."""
-    tile = Tile.of(network, precision, training)
+    tile = Tile.of(network, precision, training, gpu)
     per_warp = tile.n // (8 * tile.column_groups)  # n-tiles
     wavefronts = 4 / per_warp + 1  # of shared memory for the operands of one product
     per_product = max((3 if precision == "float32" else 1) * gpu.mma_clocks, wavefronts)
-    rows = tile.rows(training)
-    pointwise = rows * tile.n * tile.layers * (61 if training else 40) / 128
-    barriers = 3 * tile.layers + 1
-    clocks = (tile.products(training) * per_product + pointwise) * 1.15 + 150 * barriers
-    tiles = ceil(network.batch / rows)
+    pointwise = tile.rows * tile.n * tile.layers * (61 if training else 40) / 128
+    columns = 16 * ceil(network.width / 16) if tile.streamed else tile.d
+    clocks = (tile.products(columns) * per_product + pointwise) * 1.15
+    tiles = ceil(network.batch / tile.rows)
     blocks = min(tiles, gpu.multiprocessors)
-    seconds = 2.5e-6 + tile.weight_bytes / gpu.fill + ceil(tiles / blocks) * clocks / gpu.clock
+    rounds = ceil(tiles / blocks)
+    if not tile.streamed:
+        clocks += 150 * (3 * tile.layers + 1)
+        seconds = 2.5e-6 + tile.weight_bytes / gpu.fill + rounds * clocks / gpu.clock
+        if training:
+            partial = 4.0 * blocks * network.parameters
+            seconds += partial / gpu.bandwidth + gpu.launch + partial / gpu.l2_bandwidth
+        return seconds
+    hidden = sum(a * b for a, b in zip(network.hidden, network.hidden[1:], strict=False))
+    weights = network.width * network.units + hidden
+    slabs = 2 * weights / (tile.slab_depth * tile.n)
+    arriving = 2.0 * weights * tile.element * gpu.multiprocessors / gpu.l2_bandwidth
+    seconds = 2.5e-6 + rounds * max((clocks + 150 * (slabs + 2 * tile.layers)) / gpu.clock, arriving)
     if training:
-        partial = 4.0 * blocks * network.parameters
-        seconds += partial / gpu.bandwidth + gpu.launch + partial / gpu.l2_bandwidth
+        written = 2 * network.width + 2 * (network.units - network.hidden[-1]) + 2 * network.units
+        seconds = max(seconds, network.batch * written * tile.element / gpu.bandwidth)
+        rate = gpu.flops[precision] * gpu.matmul_efficiency
+        pairs = [(network.width, network.units), *zip(network.hidden, network.hidden[1:], strict=False)]
+        for a, b in pairs:
+            traffic = 2.0 * network.batch * (a + b) * tile.element / gpu.bandwidth
+            seconds += max(gpu.launch, 4.0 * network.batch * a * b / rate, traffic)
+        seconds += 2 * gpu.launch
     return seconds
 
 
@@ -204,6 +268,7 @@ CASES = [
     (Network(2, (32, 32), 128), "fused"),
     (Network(2, (64, 64), 512), "fused"),
     (Network(32, (128, 128), 4096), "fused"),
+    (Network(64, (256, 256, 256), 65536), "fused"),
     (Network(64, (256, 256, 256), 65536), "matmul"),
     (Network(784, (1024, 1024), 4096, latent=64), "matmul"),
     (Network(784, (1024, 1024), 65536, latent=64), "matmul"),

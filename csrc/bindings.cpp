@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-
 #include "core/plan.h"
 #include "cpu/instruction_set.h"
 #if defined(ILVAE_CUDA)
@@ -39,15 +37,15 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
   m.def("plan", [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense,
                    int64_t real_bytes, int64_t operand_bytes, int route, std::optional<bool> recompute,
-                   int64_t cuda_shared_bytes) {
+                   int64_t cuda_shared_bytes, [[maybe_unused]] bool tf32) {
     ilvae::Shape shape{rows, input, width, std::move(widths), dense, real_bytes, operand_bytes};
     shape.cuda = cuda_shared_bytes > 0;
 #if defined(ILVAE_CUDA)
     if (shape.cuda) {
-      const auto kind = operand_bytes == 2 ? ilvae::cuda::Operands::bfloat16 : ilvae::cuda::Operands::tf32x3;
-      shape.refusal = ilvae::cuda::fused_refusal(kind, operand_bytes == 8, dense,
-                                                 *std::max_element(shape.widths.begin(), shape.widths.end()), width,
-                                                 static_cast<int64_t>(shape.widths.size()), cuda_shared_bytes);
+      const auto kind = operand_bytes == 2 ? ilvae::cuda::Operands::bfloat16
+                        : tf32             ? ilvae::cuda::Operands::tf32
+                                           : ilvae::cuda::Operands::tf32x3;
+      shape.fit = ilvae::cuda::fused_fit(kind, operand_bytes == 8, dense, shape.widths, width, cuda_shared_bytes);
     }
 #endif
     return ilvae::plan(shape, static_cast<ilvae::Route>(route), recompute);

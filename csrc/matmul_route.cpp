@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/pointwise.h"
+#include "products.h"
 #if defined(ILVAE_CUDA)
 #include "cuda/pointwise_tensors.h"
 #endif
@@ -13,25 +14,6 @@ namespace ilvae::matmul {
 namespace {
 
 using at::Tensor;
-
-// out = a b, or out += a b. Products of 16-bit operands accumulate in float32 and round their result once, as
-// torch.nn.Linear; CUDA devices can leave it in float32.
-void multiply(Tensor out, const Tensor& a, const Tensor& b, bool add = false) {
-  const auto type = out.scalar_type();
-  if (a.scalar_type() == type) {
-    add ? out.addmm_(a, b) : at::mm_out(out, a, b);
-  } else if (a.is_cuda() && type == at::kFloat) {
-    add ? out.add_(at::mm(a, b, type)) : at::mm_out(out, a, b, type);
-  } else {
-    const auto product = at::mm(a, b);
-    add ? out.add_(product) : out.copy_(product);
-  }
-}
-
-Tensor product(const Tensor& a, const Tensor& b, at::ScalarType type) {
-  if (a.scalar_type() == type) return at::mm(a, b);
-  return a.is_cuda() && type == at::kFloat ? at::mm(a, b, type) : at::mm(a, b).to(type);
-}
 
 // The type in which products leave pre-activations and adjoints: on CUDA devices that of the operands, which halves
 // what the pointwise kernels move.

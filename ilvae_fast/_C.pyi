@@ -20,4 +20,5 @@ def plan(
     route: int,
     recompute: bool | None,
     cuda_shared_bytes: int,
+    tf32: bool,
 ) -> Plan: ...

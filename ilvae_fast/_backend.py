@@ -115,7 +115,8 @@ def plan(
         route: "auto", or a route to force.
         recompute: whether the backward pass recomputes instead of reading what the forward pass saved; None: whatever
             is faster.
-        device: "cpu" or a CUDA device, of whose shared memory the fused kernels depend; where there is none, an H100.
+        device: "cpu" or a CUDA device, on whose shared memory the fused kernels depend; where there is none, an H100.
+            torch's setting for float32 products counts too (``torch.set_float32_matmul_precision``).
 
     Returns:
         flops of the matrix products of the map and of the training terms (all gradients, one map cotangent), and the
@@ -143,7 +144,9 @@ def plan(
     if cuda:
         properties: Any = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
         shared = properties.shared_memory_per_block_optin if properties else 232448
-    p = _C.plan(batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize, code, recompute, shared)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    sizes = (batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize)
+    p = _C.plan(*sizes, code, recompute, shared, tf32)
     if route not in ("auto", p.route):
         raise ValueError(f"route: got {route!r}, wanted {p.route!r}: {p.reason}")
     return Plan(p.route, p.reason, p.recompute, p.map_flops, p.training_flops, p.saved_bytes)

@@ -185,9 +185,15 @@ def test_plan_refusals(arguments, options, words):
 def test_plans_for_a_gpu():
     if not il.build_info()["cuda"]:
         pytest.skip("needs a build with CUDA")
-    for hidden in ((32, 32), (64,) * 4, (128, 128)):
+    for hidden, how in (
+        ((32, 32), "stay in"),
+        ((64,) * 4, "stay in"),
+        ((128,) * 3, "streamed"),
+        ((256,) * 4, "streamed"),
+    ):
         fused = il.plan(510, 64, hidden, device="cuda")
         assert (fused.route, fused.recompute, fused.saved_bytes) == ("fused", True, 0)
+        assert how in fused.reason
     for shape, why in (((2, (32,) * 5), "4 hidden layers"), ((2, (512, 512)), "too wide")):
         matmul = il.plan(510, *shape, device="cuda")
         assert matmul.route == "matmul"
@@ -197,5 +203,20 @@ def test_plans_for_a_gpu():
     assert "float64" in il.plan(510, 2, (32, 32), dtype=torch.float64, device="cuda").reason
     dense = il.plan(510, 8, (32, 32), embedding_features=4, embedding="dense", device="cuda")
     assert "embedding" in dense.reason
-    low = il.plan(510, 8, (256, 256), dtype=torch.bfloat16, device="cuda")
-    assert low.saved_bytes == 2 * 510 * (520 + 256)
+    low = il.plan(510, 8, (304, 256), dtype=torch.bfloat16, device="cuda")
+    assert low.saved_bytes == 2 * 510 * (568 + 304)
+
+
+def test_plans_for_a_gpu_with_single_tf32_products():
+    if not il.build_info()["cuda"]:
+        pytest.skip("needs a build with CUDA")
+    shape = (510, 256, (256, 256))
+    assert il.plan(*shape, device="cuda").route == "fused"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        plan, forced = il.plan(*shape, device="cuda"), il.plan(*shape, device="cuda", route="fused")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert plan.route == "matmul"
+    assert "predicted" in plan.reason
+    assert forced.route == "fused"

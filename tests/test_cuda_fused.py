@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -92,55 +93,108 @@ class Problem:
         return result
 
 
-def padded(problem: Problem) -> tuple[int, int]:
+def padded(problem: Problem, streamed: bool = False) -> tuple[int, int]:
     """The narrowest shape that is compiled for a network: see csrc/cuda/fused_shapes.h."""
     hidden = max(t.shape[1] for t in problem.weights())
     width = problem.named["skip_weight"].shape[1]
-    n = next(n for n in (32, 64, 128) if n >= hidden)
-    return n, next(d for d in ((16, 64) if n < 128 else (32, 64, 128)) if d >= width)
+    n = next(n for n in ((128, 256) if streamed else (32, 64, 128)) if n >= hidden)
+    widths = (64, 256) if streamed else (16, 64) if n < 128 else (32, 64, 128)
+    return n, next(d for d in widths if d >= width)
 
 
-def program(kind: str, problem: Problem, training: bool, mode: str = "plain") -> Program:
-    n, d = padded(problem)
-    layers = len(problem.weights()) if training else 0
-    return Program("fused", mode=mode, defines={"KIND": kind, "WIDTH": n, "INPUT": d, "LAYERS": layers})
+def program(kind: str, problem: Problem, training: bool, mode: str = "plain", streamed: bool = False) -> Program:
+    n, d = padded(problem, streamed)
+    layers = 0 if not training else 1 if streamed else len(problem.weights())
+    shape = {"KIND": kind, "WIDTH": n, "INPUT": d, "LAYERS": layers, "STREAMED": int(streamed)}
+    return Program("fused", mode=mode, defines=shape)
 
 
-def execute(kind: str, problem: Problem, *, blocks: int = 2, seed: int = 1, mode: str = "plain") -> dict[str, Tensor]:
+@dataclass
+class Stacks:
+    """What the sweep with streamed weights leaves to products, as csrc/cuda/fused.h has it (FusedCall)."""
+
+    x: Tensor
+    h: Tensor
+    d: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> Stacks:
+        rows, width = problem.named["x"].shape[0], problem.named["skip_weight"].shape[1]
+        hidden = [w.shape[1] for w in problem.weights()]
+
+        def stack(columns):
+            return torch.full((2 * rows, -(-columns // 8) * 8), float("nan"), dtype=problem.dtype)
+
+        return cls(stack(width), stack(sum(hidden[:-1])), stack(sum(hidden)))
+
+    def gradients(self, problem: Problem) -> dict[str, Tensor]:
+        """Of A, but for its last row, and of W_2 .. W_K, as matrix products in float32 or 16 bits have them."""
+        width, hidden = problem.named["skip_weight"].shape[1], [w.shape[1] for w in problem.weights()]
+
+        def product(d, z):
+            return (d.float().T @ z.float()).to(problem.dtype)
+
+        d = self.d[:, : sum(hidden)].split(hidden, dim=1)
+        h = self.h[:, : sum(hidden[:-1])].split(hidden[:-1], dim=1)
+        result = {f"weights[{k}]": product(d[k + 1], h[k]) for k in range(len(hidden) - 1)}
+        return {"skip_weight": product(self.d[:, : sum(hidden)], self.x[:, :width]), **result}
+
+
+def execute(
+    kind: str, problem: Problem, *, blocks: int = 2, seed: int = 1, mode: str = "plain", streamed: bool = False
+) -> dict[str, Tensor]:
     """What the kernels compute: everything that :meth:`Problem.plain` has."""
-    import numpy as np
-
     named, dtype = problem.named, problem.dtype
     rows, inputs = named["x"].shape
     width = named["skip_weight"].shape[1]
-    weights = problem.weights()
-    hidden = [w.shape[1] for w in weights]
-    codes, parameters, _ = encode(problem.activations)
-    constant = named["inverse_lipschitz"].float()
-    sizes = np.array([len(hidden), width, inputs, rows, CODES[dtype], CODES[dtype], CODES[torch.float32], *hidden])
-    activations, parameters = np.array(codes, dtype=np.int64), np.array(parameters, dtype=np.float64)
     nan = float("nan")
     result = {"potential": torch.full((rows,), nan, dtype=dtype), "map": torch.full((rows, width), nan, dtype=dtype)}
     grad_x = torch.full((rows, inputs), nan, dtype=dtype)
-    count = sum(t.numel() for n, t in named.items() if n not in ("x", "inverse_lipschitz"))
-    gradients = torch.full((count,), nan, dtype=dtype)
+    sizes = {n: t.numel() for n, t in named.items() if n not in ("x", "inverse_lipschitz")}
+    stacks = Stacks.of(problem) if streamed else None
+    if streamed:  # the rest is left to products
+        last = f"weights[{len(problem.weights()) - 1}]"
+        sizes = {"skip_weight": width, "bias": sizes["bias"], last: sizes[last]}
+    gradients = torch.full((sum(sizes.values()),), nan, dtype=dtype)
     grad_constant = torch.full((1,), nan)
-    partial = torch.full((blocks, count + 1), nan)
-    flat = torch.cat([w.reshape(-1) for w in weights])
-    operands = (sizes, activations, parameters, named["x"], named["skip_weight"], named["bias"], flat, constant)
-    program(kind, problem, False, mode).fused(
-        *operands, None, None, result["potential"], result["map"], None, None, None, None, blocks, seed
+    partial = torch.full((blocks, len(gradients) + 1), nan)
+    operands = arguments(problem)
+    program(kind, problem, False, mode, streamed).fused(
+        *operands, None, None, result["potential"], result["map"], *[None] * 7, blocks, seed
     )
-    program(kind, problem, True, mode).fused(
-        *operands, problem.v, problem.u, None, None, grad_x, gradients, grad_constant, partial, blocks, seed
-    )
+    program(kind, problem, True, mode, streamed).fused(
+        *operands, problem.v, problem.u, None, None, grad_x, gradients, grad_constant, partial,
+        *([stacks.x, stacks.h, stacks.d] if stacks else [None] * 3), blocks, seed,
+    )  # fmt: skip
     result["grad of x"] = grad_x
-    names = [n for n in named if n not in ("x", "inverse_lipschitz")]
-    parts = gradients.split([named[n].numel() for n in names])
-    for name, part in zip(names, parts, strict=True):
-        result[f"grad of {name}"] = part.view_as(named[name])
+    parts = dict(zip(sizes, gradients.split(list(sizes.values())), strict=True))
+    if stacks:
+        left = stacks.gradients(problem)
+        parts["skip_weight"] = torch.cat([left.pop("skip_weight").view(-1), parts["skip_weight"]])
+        parts |= left
+    for name, part in parts.items():
+        result[f"grad of {name}"] = part.reshape(named[name].shape)
     result["grad of inverse_lipschitz"] = grad_constant
     return result
+
+
+def arguments(problem: Problem) -> tuple:
+    """The first arguments of the executor's program: sizes, activations, x and parameters."""
+    named, weights = problem.named, problem.weights()
+    codes, parameters, _ = encode(problem.activations)
+    rows, inputs = named["x"].shape
+    sizes = [len(weights), named["skip_weight"].shape[1], inputs, rows]
+    sizes += [CODES[problem.dtype]] * 2 + [CODES[torch.float32]] + [w.shape[1] for w in weights]
+    return (
+        np.array(sizes),
+        np.array(codes, dtype=np.int64),
+        np.array(parameters, dtype=np.float64),
+        named["x"],
+        named["skip_weight"],
+        named["bias"],
+        torch.cat([w.reshape(-1) for w in weights]),
+        named["inverse_lipschitz"].float(),
+    )
 
 
 def check(kind: str, problem: Problem, ours: dict[str, Tensor]) -> None:

@@ -11,14 +11,13 @@ import test_cuda_fused
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cuda_fused import CODES, DTYPES, SOFT, Problem, check, execute, program
+from test_cuda_fused import CODES, DTYPES, SOFT, Problem, Stacks, arguments, check, execute, program
 
 from cases import FIRST, LATER, SMOOTH
 from executor import ROOT, ExecutorError, Program
 from ilvae_fast import Activation
-from ilvae_fast.activations import encode
 
-KERNELS = ROOT / "csrc" / "cuda" / "fused.cuh"
+KERNELS = ROOT / "csrc" / "cuda"
 
 
 # ---- random networks, on programs that other tests have compiled already
@@ -49,33 +48,15 @@ def networks(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@pytest.mark.parametrize("streamed", [False, True])
+@settings(max_examples=40)
 @given(networks())
-def test_random_networks(network):
+def test_random_networks(streamed, network):
     kind, problem, blocks, seed = network
-    check(kind, problem, execute(kind, problem, blocks=blocks, seed=seed))
+    check(kind, problem, execute(kind, problem, blocks=blocks, seed=seed, streamed=streamed))
 
 
 # ---- what is not wanted is not written
-
-
-def arguments(problem):
-    named = problem.named
-    weights = problem.weights()
-    codes, parameters, _ = encode(problem.activations)
-    rows, inputs = named["x"].shape
-    sizes = [len(weights), named["skip_weight"].shape[1], inputs, rows]
-    sizes += [CODES[problem.dtype]] * 2 + [CODES[torch.float32]] + [w.shape[1] for w in weights]
-    return (
-        np.array(sizes),
-        np.array(codes, dtype=np.int64),
-        np.array(parameters, dtype=np.float64),
-        named["x"],
-        named["skip_weight"],
-        named["bias"],
-        torch.cat([w.reshape(-1) for w in weights]),
-        named["inverse_lipschitz"].float(),
-    )
 
 
 @pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
@@ -88,12 +69,12 @@ def test_absent_outputs(kind, mode):
     for wanted in ("potential", "map"):
         out = torch.full_like(full[wanted], float("nan"))
         outputs = (out, None) if wanted == "potential" else (None, out)
-        there.fused(*operands, None, None, *outputs, None, None, None, None, 2, 3)
+        there.fused(*operands, None, None, *outputs, *[None] * 7, 2, 3)
         assert torch.equal(out, full[wanted]), f"{wanted} alone"
     names = [n for n in problem.named if n not in ("x", "inverse_lipschitz")]
     gradients = torch.full((sum(problem.named[n].numel() for n in names),), float("nan"), dtype=problem.dtype)
     constant, partial = torch.full((1,), float("nan")), torch.full((2, gradients.numel() + 1), float("nan"))
-    back.fused(*operands, problem.v, problem.u, None, None, None, gradients, constant, partial, 2, 3)
+    back.fused(*operands, problem.v, problem.u, None, None, None, gradients, constant, partial, *[None] * 3, 2, 3)
     expected = torch.cat([full[f"grad of {n}"].reshape(-1) for n in names])
     assert torch.equal(gradients, expected)
     assert torch.equal(constant, full["grad of inverse_lipschitz"])
@@ -128,34 +109,88 @@ def test_large_pre_activations_stay_finite():
 
 
 def barriers():
-    """Offsets and lines of the block barriers of the tile kernel."""
-    if not KERNELS.exists():
-        return []
-    source = KERNELS.read_text()
-    return [
-        pytest.param(m.start(), id=f"line {source.count(chr(10), 0, m.start()) + 1}")
-        for m in re.finditer(r"__syncthreads\(\)", source)
-    ]
+    """Files, offsets and lines of the block barriers of the fused kernels."""
+    found = []
+    for name in ("fused.cuh", "tile.cuh", "streamed.cuh"):
+        source = (KERNELS / name).read_text() if (KERNELS / name).exists() else ""
+        for m in re.finditer(r"__syncthreads\(\)", source):
+            line = source.count("\n", 0, m.start()) + 1
+            found.append(pytest.param(name, m.start(), id=f"{name} line {line}"))
+    return found
+
+
+def with_file(folder, name, source):
+    """As program() of the other tests, with another source for one of the kernels' files."""
+    (folder / "cuda").mkdir()
+    (folder / "cuda" / name).write_text(source)
+
+    def changed(kind, problem, training, mode, streamed):
+        sound = program(kind, problem, training, mode, streamed)
+        return Program("fused", mode, dict(d[2:].split("=") for d in sound.defines), include=folder)
+
+    return changed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offset", barriers())
-def test_every_barrier_is_needed_and_missed(offset, tmp_path, monkeypatch):
-    source = KERNELS.read_text()
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "fused.cuh").write_text(source[:offset] + "void()" + source[offset + len("__syncthreads()") :])
-
-    def mutated(kind, problem, training, mode):
-        sound = program(kind, problem, training, mode)
-        return Program("fused", mode, dict(d[2:].split("=") for d in sound.defines), include=tmp_path)
-
+@pytest.mark.parametrize(("name", "offset"), barriers())
+def test_every_barrier_is_needed_and_missed(name, offset, tmp_path, monkeypatch):
+    source = (KERNELS / name).read_text()
+    mutated = with_file(tmp_path, name, source[:offset] + "void()" + source[offset + len("__syncthreads()") :])
     monkeypatch.setattr(test_cuda_fused, "program", mutated)
-    problem = Problem.random(torch.bfloat16, 100, 7, (32, 30), SOFT[:3], inputs=5)
-    with pytest.raises(ExecutorError, match=r"data race|uninitialised"):  # noqa: PT012 either launch may show it
-        execute("bfloat16", problem, seed=2, mode="races")
-        potential = torch.zeros(100, dtype=torch.bfloat16)
-        there = mutated("bfloat16", problem, False, "races")
-        there.fused(*arguments(problem), None, None, potential, None, None, None, None, None, 1, 2)
+    streamed = name == "streamed.cuh"
+    problem = Problem.random(torch.bfloat16, 150 if streamed else 100, 7, (32, 30), SOFT[:3], inputs=5)
+    with pytest.raises(ExecutorError, match=r"data race|uninitialised"):  # noqa: PT012 any launch may show it
+        execute("bfloat16", problem, seed=2, mode="races", streamed=streamed)
+        potential = torch.zeros(len(problem.named["x"]), dtype=torch.bfloat16)
+        there, back = (mutated("bfloat16", problem, training, "races", streamed) for training in (False, True))
+        there.fused(*arguments(problem), None, None, potential, *[None] * 8, 1, 2)
+        if streamed:  # without grad_x, and so without A_k on the way down
+            stacks, count = Stacks.of(problem), 7 + 63 + 30
+            sums = torch.zeros(count, dtype=torch.bfloat16), torch.zeros(1), torch.zeros(1, count + 1)
+            rest = (*sums, stacks.x, stacks.h, stacks.d, 1, 2)
+            back.fused(*arguments(problem), problem.v, problem.u, None, None, None, *rest)
+
+
+# ---- and other faults, planted
+
+
+def planted(folder, name, *changes):
+    """As program() of the other tests, with changes to one of the kernels' files, each of text that is there once."""
+    source = (KERNELS / name).read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    return with_file(folder, name, source)
+
+
+WAIT, BARRIER, ISSUE = "    ptx::cp_async_wait<0>();\n", "    __syncthreads();\n", "    issue();\n    return slab;"
+FAULTS = {
+    "a slab read before it is there": [(WAIT + BARRIER, BARRIER)],
+    "a slab overwritten before all have read it": [
+        (WAIT + BARRIER, WAIT),
+        (ISSUE, ISSUE.replace("\n", "\n" + BARRIER)),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", FAULTS.values(), ids=FAULTS)
+def test_a_fault_in_streaming_is_found(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(test_cuda_fused, "program", planted(tmp_path, "streamed.cuh", *changes))
+    problem = Problem.random(torch.float32, 40, 8, (40, 24), SOFT[:3])
+    with pytest.raises(ExecutorError, match=r"data race|uninitialised"):
+        execute("tf32x3", problem, seed=2, mode="races", streamed=True)
+
+
+@pytest.mark.slow
+def test_a_missing_flush_is_found(tmp_path, monkeypatch):
+    changes = [("mma<kind>(sum, a.low[step], high[step]);", "mma<kind>(c, a.low[step], high[step]);")]
+    changes += [("mma<kind>(sum, a.high[step], low[step]);", "mma<kind>(c, a.high[step], low[step]);")]
+    changes += [("mma<kind>(sum, a.high[step], high[step]);", "mma<kind>(c, a.high[step], high[step]);")]
+    monkeypatch.setattr(test_cuda_fused, "program", planted(tmp_path, "fragments.cuh", *changes))
+    problem = Problem.random(torch.float32, 32, 64, (256, 256), SOFT[:3], seed=5)
+    with pytest.raises(AssertionError, match="error"):
+        check("tf32x3", problem, execute("tf32x3", problem, streamed=True))
 
 
 # ---- arrays of any type, stride and alignment

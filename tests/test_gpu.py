@@ -38,6 +38,8 @@ SHAPES = [
     (100, (300, 20), 70, "dense"),
     (784, (512,), 65, "identity"),
     (5, (6, 7, 8, 9, 10, 11), 40, "none"),
+    (200, (128, 90, 128, 101), 150, "identity"),
+    (3, (240, 255), 130, "none"),
 ]
 SMALL = [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[12]]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, *([torch.float16] if DEVICE == "cuda" else [])]

@@ -89,6 +89,8 @@ def test_occupancy_on_an_a100(registers, threads, shared, blocks):
 def test_names_are_shortened():
     name = "void ilvae::cuda::tile_kernel<(ilvae::cuda::Operands)2, 32, 16, 1>(ilvae::cuda::FusedCall)"
     assert kernel_report.short_name(name) == "tile_kernel<Operands 2, 32, 16, 1>"
+    name = "void ilvae::cuda::streamed_kernel<(ilvae::cuda::Operands)0, 256, 64, true>(ilvae::cuda::FusedCall)"
+    assert kernel_report.short_name(name) == "streamed_kernel<Operands 0, 256, 64, true>"
     assert kernel_report.short_name("ilvae::cuda::reduce_kernel(ilvae::cuda::Reduction)") == "reduce_kernel"
 
 

@@ -11,12 +11,19 @@ namespace ilvae {
 // As in ilvae_fast/_backend.py.
 enum class Route : int { automatic = 0, matmul = 1, fused = 2 };
 
+// How the fused kernels of a CUDA device meet a network.
+struct Fit {
+  std::string refusal;  // why they do not take it; empty: they do
+  std::string slower;   // why the matmul route is predicted to be faster; empty: it is not
+  std::string how;      // how they do it
+};
+
 // What the choice of a route depends on: not the batch, so that a compiled region can leave that open.
 struct Layers {
   std::vector<int64_t> widths;  // n_1 .. n_K
   bool full_precision = true;   // operands of products in float32 or float64
-  bool cuda = false;            // on a CUDA device, where
-  std::string refusal;          // says why the fused kernels do not take them; empty: they do
+  bool cuda = false;            // on a CUDA device, with
+  Fit fit;
 };
 
 struct Choice {
@@ -36,11 +43,11 @@ inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> rec
   int64_t hidden = 0;
   for (size_t k = 1; k < layers.widths.size(); ++k) hidden += layers.widths[k] * layers.widths[k - 1];
   if (wanted == Route::matmul) return {wanted, recompute.value_or(false), "asked for"};
-  if (layers.cuda && !layers.refusal.empty()) {
-    return {Route::matmul, recompute.value_or(false), layers.refusal};
-  }
   if (layers.cuda) {
-    return {Route::fused, true, wanted == Route::fused ? "asked for" : "fits the multiprocessors of the device"};
+    const auto& fit = layers.fit;
+    const auto& against = fit.refusal.empty() && wanted == Route::automatic ? fit.slower : fit.refusal;
+    if (!against.empty()) return {Route::matmul, recompute.value_or(false), against};
+    return {Route::fused, true, wanted == Route::fused ? "asked for; " + fit.how : fit.how};
   }
   if (!layers.full_precision)
     return {Route::matmul, recompute.value_or(false), "bfloat16 products have units of their own"};
@@ -55,7 +62,7 @@ struct Shape {
   int64_t real_bytes = 4;                  // of what is saved: 8 for float64, else 4
   int64_t operand_bytes = 4;               // of the operands of products
   bool cuda = false;                       // as in Layers
-  std::string refusal = {};
+  Fit fit = {};
 };
 
 struct Plan {
@@ -73,7 +80,7 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   }
   const double n = double(s.rows), skip_in = double(s.input) * (units + 1), skip_out = double(s.width) * (units + 1);
   const double embedding = s.dense ? 2.0 * s.width * skip_in : 0;  // A B
-  const auto choice = choose({s.widths, s.operand_bytes >= 4, s.cuda, s.refusal}, wanted, recompute);
+  const auto choice = choose({s.widths, s.operand_bytes >= 4, s.cuda, s.fit}, wanted, recompute);
   Plan p;
   p.route = choice.route == Route::fused ? "fused" : "matmul";
   p.reason = choice.reason;

@@ -1,6 +1,7 @@
-// The choice among the instances of the tile kernel, and the reduction that follows the training terms.
+// The choice among the instances of the fused kernels, and the launches before and after them.
 #include "cuda/fused_shapes.h"
 #include "cuda/launch.cuh"
+#include "cuda/pack.cuh"
 #include "cuda/reduce.cuh"
 
 namespace ilvae::cuda {
@@ -16,6 +17,10 @@ template <Operands kind>
 constexpr Instance instances_of[] = {
 #define ILVAE_SHAPE(n, d, layers) {blocks_per_multiprocessor<kind, n, d, layers>, launch_tiles<kind, n, d, layers>},
     ILVAE_FUSED_SHAPES(ILVAE_SHAPE)
+#undef ILVAE_SHAPE
+#define ILVAE_SHAPE(n, d, training) \
+  {streamed_blocks_per_multiprocessor<kind, n, d, training>, launch_streamed<kind, n, d, training>},
+        ILVAE_STREAMED_SHAPES(ILVAE_SHAPE)
 #undef ILVAE_SHAPE
 };
 
@@ -53,6 +58,12 @@ Status fused_blocks(Operands kind, int shape, int layers, int64_t tiles, const L
 
 Status launch_fused(Operands kind, int shape, const FusedCall& call, int blocks, const Limits& limits, void* stream) {
   return instance(kind, shape).launch(call, blocks, limits.device, stream);
+}
+
+Status launch_pack(Operands kind, const Packing& p, void* stream) {
+  constexpr int rows = pack_threads / 32;
+  const auto kernel = kind == Operands::bfloat16 ? pack_kernel<Operands::bfloat16> : pack_kernel<Operands::float16>;
+  return launch("packing of the weights", kernel, (p.rows + rows - 1) / rows, pack_threads, 0, stream, p);
 }
 
 Status launch_reduction(const Reduction& r, void* stream) {

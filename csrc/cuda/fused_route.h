@@ -1,16 +1,14 @@
 // The fused route on CUDA devices, on tensors. Nothing is saved between forward and backward but the inputs.
 #pragma once
 
-#include <string>
-
+#include "core/plan.h"
 #include "matmul_route.h"
 #include "problem.h"
 
 namespace ilvae::cuda {
 
-// Why the fused kernels do not take a network with these hidden widths, `width` inputs and operands on a device; empty:
-// they do.
-std::string refusal(at::Device, const std::vector<int64_t>& widths, int64_t width, bool dense, at::ScalarType operand);
+// How the fused kernels of a device meet a network with these hidden widths, `width` inputs and operands.
+Fit fit(at::Device, const std::vector<int64_t>& widths, int64_t width, bool dense, at::ScalarType operand);
 
 // As their namesakes of matmul_route.h, but the map saves nothing, and gradients come in the dtypes of their arguments.
 matmul::Values fused_potential_and_map(const Arguments&, bool want_potential, bool want_map);

@@ -1,10 +1,12 @@
 // The shapes of the fused kernels that are compiled, for each kind of operands; CMake reads them too. A network takes
-// the first shape of its number of layers that holds it.
+// the first shape that holds it and fits into shared memory, one with resident weights if there is any.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <string>
+#include <vector>
 
+#include "core/plan.h"
 #include "cuda/fused.h"
 
 // (hidden width n, input width d, K), narrow ones first; K = 0: the map, of up to fused_layers layers
@@ -38,14 +40,40 @@
   S(64, 16, 4)                \
   S(64, 64, 4)
 
+// With streamed weights: (n, d, training terms), of up to fused_layers layers, narrow ones first
+#define ILVAE_STREAMED_SHAPES(S) \
+  S(128, 64, false)              \
+  S(128, 256, false)             \
+  S(256, 64, false)              \
+  S(256, 256, false)             \
+  S(128, 64, true)               \
+  S(128, 256, true)              \
+  S(256, 64, true)               \
+  S(256, 256, true)
+
 namespace ilvae::cuda {
 
 struct FusedShape {
-  int n, d, layers;
+  int n, d, layers;  // layers: at most (streamed), or exactly, of the training terms; 0: the map
+  bool streamed;
+
+  constexpr bool training() const { return layers > 0; }
+  constexpr bool holds(int64_t hidden, int64_t width, int64_t depth, bool terms) const {
+    return hidden <= n && width <= d && terms == training() && (streamed || !terms || depth == layers);
+  }
+  constexpr int tile_rows(Operands kind) const {
+    return streamed ? streamed_tile_rows(kind, training()) : cuda::tile_rows(kind, n, layers);
+  }
+  constexpr int shared_bytes(Operands kind, int depth) const {
+    return streamed ? streamed_layout(kind, n, d, depth).total : layout(kind, n, d, depth, training()).total;
+  }
 };
 inline constexpr FusedShape fused_shapes[] = {
-#define ILVAE_SHAPE(n, d, layers) {n, d, layers},
+#define ILVAE_SHAPE(n, d, layers) {n, d, layers, false},
     ILVAE_FUSED_SHAPES(ILVAE_SHAPE)
+#undef ILVAE_SHAPE
+#define ILVAE_SHAPE(n, d, training) {n, d, training ? fused_layers : 0, true},
+        ILVAE_STREAMED_SHAPES(ILVAE_SHAPE)
 #undef ILVAE_SHAPE
 };
 inline constexpr int fused_shape_count = sizeof(fused_shapes) / sizeof(FusedShape);
@@ -57,25 +85,39 @@ constexpr int fused_shape(Operands kind, int64_t hidden, int64_t width, int64_t 
   if (layers > fused_layers) return -1;
   for (int i = 0; i < fused_shape_count; ++i) {
     const auto& s = fused_shapes[i];
-    if (s.layers == (training ? layers : 0) && hidden <= s.n && width <= s.d) {
-      return layout(kind, s.n, s.d, int(layers), training).total <= shared_bytes ? i : -1;
-    }
+    if (s.holds(hidden, width, layers, training) && s.shared_bytes(kind, int(layers)) <= shared_bytes) return i;
   }
   return -1;
 }
 
-// Why there is no shape for the map and the training terms of a network; empty: there is.
-inline std::string fused_refusal(Operands kind, bool float64, bool dense, int64_t hidden, int64_t width, int64_t layers,
-                                 int64_t shared_bytes) {
-  if (float64) return "the tensor cores of the fused kernels have no float64";
-  if (dense) return "the fused kernels have no dense embedding";
-  if (layers > fused_layers) return "more than 4 hidden layers for the fused kernels";
-  for (const bool training : {false, true}) {
-    if (fused_shape(kind, hidden, width, layers, training, shared_bytes) < 0) {
-      return "too wide for the fused kernels on this device";
-    }
+// How the fused kernels meet a network in the map and the training terms.
+inline Fit fused_fit(Operands kind, bool float64, bool dense, const std::vector<int64_t>& widths, int64_t width,
+                     int64_t shared_bytes) {
+  const auto refuse = [](const char* why) { return Fit{why, {}, {}}; };
+  if (float64) return refuse("the tensor cores of the fused kernels have no float64");
+  if (dense) return refuse("the fused kernels have no dense embedding");
+  const auto layers = int64_t(widths.size());
+  if (layers > fused_layers) return refuse("more than 4 hidden layers for the fused kernels");
+  int64_t hidden = 0, units = 0;
+  for (const auto n : widths) hidden = std::max(hidden, n), units += n;
+  const int map = fused_shape(kind, hidden, width, layers, false, shared_bytes);
+  const int terms = fused_shape(kind, hidden, width, layers, true, shared_bytes);
+  if (map < 0 || terms < 0) return refuse("too wide for the fused kernels on this device");
+  const auto& shape = fused_shapes[terms];
+  if (!shape.streamed) return {{}, {}, "weights stay in shared memory"};
+  Fit fit;
+  fit.how = fused_shapes[map].streamed
+                ? "weights are streamed through shared memory"
+                : "weights stay in shared memory in the map, are streamed through it in the training terms";
+  // From benchmarks/model.py at large batches: what padding may cost, and that 32 rows a block are too few for what the
+  // L2 cache has to deliver to single tf32 products.
+  const double filled = double(units) / double(shape.n * layers);
+  if (layers > 1 && filled < (kind == Operands::tf32x3 ? 0.9 : 0.6)) {
+    fit.slower = "predicted to be faster: the fused kernels would pad much";
+  } else if (layers > 1 && kind == Operands::tf32 && hidden > 128 && width > 64) {
+    fit.slower = "predicted to be faster in single tf32 products";
   }
-  return {};
+  return fit;
 }
 
 // What a device offers.
@@ -88,5 +130,6 @@ Status limits_of_device(int device, Limits&);
 // How many blocks of a shape (a place in fused_shapes) a device runs at a time, at most one for each of `tiles`.
 Status fused_blocks(Operands kind, int shape, int layers, int64_t tiles, const Limits&, int& blocks);
 Status launch_fused(Operands kind, int shape, const FusedCall&, int blocks, const Limits&, void* stream);
+Status launch_pack(Operands kind, const Packing&, void* stream);
 
 }  // namespace ilvae::cuda

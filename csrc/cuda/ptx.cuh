@@ -39,7 +39,10 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 }
 
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes = 16) {
-  executor::cp_async_16(shared, global, source_bytes);
+  executor::cp_async(shared, global, 16, source_bytes);
+}
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int source_bytes = 4) {
+  executor::cp_async(shared, global, 4, source_bytes);
 }
 __device__ __forceinline__ void cp_async_commit() { executor::cp_async_commit(); }
 template <int pending_groups>
@@ -99,6 +102,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes = 16) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
+      : "memory");
+}
+// The same for 4 bytes (0..4 of them copied), addresses 4-byte aligned.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int source_bytes = 4) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(__cvta_generic_to_global(global)), "r"(source_bytes)
       : "memory");
 }

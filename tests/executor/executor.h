@@ -70,7 +70,7 @@ void warp_barrier(uint32_t mask, Where where);
 enum class Operand { bf16, fp16, tf32 };
 void mma(Operand operand, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, bool transposed);
-void cp_async_16(void* shared, const void* global, int source_bytes);
+void cp_async(void* shared, const void* global, int bytes, int source_bytes);  // bytes: 4 or 16
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 uint32_t round_tf32(float x);

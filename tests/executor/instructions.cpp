@@ -237,7 +237,7 @@ void load_matrices(void* const* lanes, bool transposed) {
   }
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const void* p, int bytes = 16) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 std::string shared_address(const void* p) {
   return "shared memory" + std::string(p < shared_memory.begin ? " - " : " + ") +
@@ -269,24 +269,24 @@ namespace {
 
 void perform(Copy& copy) {
   std::memcpy(copy.shared, copy.global, copy.source_bytes);
-  std::memset(copy.shared + copy.source_bytes, 0, 16 - copy.source_bytes);
+  std::memset(copy.shared + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
   copy.done = true;
 }
 
 }  // namespace
 
-void cp_async_16(void* shared, const void* global, int source_bytes) {
-  if (!shared_memory.contains(shared, 16) || source_bytes < 0 || source_bytes > 16) {
-    report("out of bounds: cp.async by " + place() + " writes 16 bytes (" + std::to_string(source_bytes) +
-           " copied) at " + shared_address(shared));
+void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
+  if (!shared_memory.contains(shared, bytes) || source_bytes < 0 || source_bytes > bytes) {
+    report("out of bounds: cp.async by " + place() + " writes " + std::to_string(bytes) + " bytes (" +
+           std::to_string(source_bytes) + " copied) at " + shared_address(shared));
     return;
   }
-  if (!aligned(shared) || (source_bytes && !aligned(global)))
+  if (!aligned(shared, bytes) || (source_bytes && !aligned(global, bytes)))
     report("misaligned: cp.async by " + place() + " to " + shared_address(shared));
   const void* caller = __builtin_return_address(0);
   if (source_bytes) races_access(global, source_bytes, Kind::read, caller);
-  races_access(shared, 16, Kind::copy_begins, caller);
-  running->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global),
+  races_access(shared, bytes, Kind::copy_begins, caller);
+  running->copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
                              source_bytes, running->group, false});
   // Mostly not before the wait: what reads too early sees it. Sometimes at once: what is overwritten too early sees
   // that.
@@ -300,7 +300,7 @@ void cp_async_wait(int pending_groups) {
   const int last = thread.group - 1 - pending_groups;
   std::erase_if(thread.copies, [&](Copy& copy) {
     if (copy.group > last) return false;
-    races_access(copy.shared, 16, Kind::copy_ends, __builtin_return_address(0));
+    races_access(copy.shared, copy.bytes, Kind::copy_ends, __builtin_return_address(0));
     if (!copy.done) perform(copy);
     return true;
   });

@@ -14,7 +14,7 @@ namespace executor {
 struct Copy {  // a cp.async under way
   unsigned char* shared;
   const unsigned char* global;
-  int source_bytes, group;
+  int bytes, source_bytes, group;
   bool done;
 };
 

@@ -1,0 +1,116 @@
+"""The fused CUDA kernels with streamed weights, executed on the host (tests/executor) against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_cuda_fused import DTYPES, SOFT, Problem, Stacks, arguments, check, execute, program
+
+# rows, width, hidden, input: every compiled shape, with widths that do not fill it
+SHAPES = [
+    (37, 64, (256, 256, 256), None),
+    (21, 100, (130, 256), 40),
+    (70, 12, (128, 100, 72, 128), None),
+    (33, 200, (61, 128, 128), None),
+]
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_networks(kind, shape):
+    rows, width, hidden, inputs = shape
+    problem = Problem.random(DTYPES[kind], rows, width, hidden, SOFT[: len(hidden) + 1], inputs=inputs)
+    check(kind, problem, execute(kind, problem, streamed=True))
+
+
+@pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
+@pytest.mark.parametrize("hidden", [(20,), (128, 96)])
+@pytest.mark.parametrize(("v", "u"), [(True, False), (False, True)])
+def test_shallow_networks_and_absent_cotangents(kind, hidden, v, u):
+    problem = Problem.random(DTYPES[kind], 50, 8, hidden, SOFT[: len(hidden) + 1], v=v, u=u)
+    check(kind, problem, execute(kind, problem, streamed=True))
+
+
+def small(kind: str, rows: int = 150) -> Problem:
+    """Several tiles for each of two blocks."""
+    return Problem.random(DTYPES[kind], rows, 8, (40, 128, 24), SOFT[:4], inputs=5, seed=7)
+
+
+@pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
+def test_the_same_bits_in_every_order_and_in_any_number_of_blocks(kind):
+    problem = small(kind, 100)
+    first = execute(kind, problem, seed=0, streamed=True)
+    for seed in range(1, 4):
+        for name, value in execute(kind, problem, seed=seed, streamed=True).items():
+            assert torch.equal(value, first[name]), f"{name} with seed {seed}"
+    for blocks in (1, 5):
+        check(kind, problem, execute(kind, problem, blocks=blocks, streamed=True))
+
+
+@pytest.mark.parametrize("mode", ["races", "memory"])
+@pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
+def test_no_races_and_no_stray_accesses(kind, mode):
+    problem = small(kind, 70 if kind == "tf32x3" else 140)
+    check(kind, problem, execute(kind, problem, seed=2, mode=mode, streamed=True))
+
+
+@pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
+@pytest.mark.parametrize("mode", ["plain", "races"])
+def test_absent_outputs(kind, mode):
+    problem = small(kind)
+    full, operands = execute(kind, problem, streamed=True), arguments(problem)
+    there, back = (program(kind, problem, training, mode, streamed=True) for training in (False, True))
+    for wanted in ("potential", "map"):
+        out = torch.full_like(full[wanted], float("nan"))
+        outputs = (out, None) if wanted == "potential" else (None, out)
+        there.fused(*operands, None, None, *outputs, *[None] * 7, 2, 3)
+        assert torch.equal(out, full[wanted]), f"{wanted} alone"
+
+    def sums():
+        count = 8 + problem.named["bias"].numel() + 24
+        return torch.full((count,), float("nan"), dtype=problem.dtype), torch.full((2, count + 1), float("nan"))
+
+    # parameters alone: A_k passes by only once
+    (gradients, partial), constant = sums(), torch.full((1,), float("nan"))
+    stacks = Stacks.of(problem)
+    rest = (gradients, constant, partial, stacks.x, stacks.h, stacks.d, 2, 3)
+    back.fused(*operands, problem.v, problem.u, None, None, None, *rest)
+    left = stacks.gradients(problem)
+    assert torch.equal(torch.cat([left.pop("skip_weight"), gradients[:8].view(1, 8)]), full["grad of skip_weight"])
+    for name, value in left.items():
+        assert torch.equal(value, full[f"grad of {name}"]), name
+    assert torch.equal(gradients[8:-24], full["grad of bias"])
+    assert torch.equal(gradients[-24:].view(1, 24), full["grad of weights[2]"])
+    # x alone: nothing is written for products
+    grad_x, (gradients, partial) = torch.full_like(full["grad of x"], float("nan")), sums()
+    rest = (gradients, constant, partial, None, None, None, 2, 3)
+    back.fused(*operands, problem.v, problem.u, None, None, grad_x, *rest)
+    assert torch.equal(grad_x, full["grad of x"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "hidden", "packed"),
+    [
+        ("tf32x3", 9, (33, 17), 0),  # in pieces of 4 bytes
+        ("bfloat16", 8, (40, 24), 0),
+        ("bfloat16", 10, (38, 22), 0),  # in pieces of 4 bytes
+        ("float16", 9, (40, 24), 1),
+        ("bfloat16", 9, (33, 24), 2),
+    ],
+)
+def test_only_odd_rows_of_16_bits_are_packed(kind, width, hidden, packed):
+    """Everything else is streamed from where it lies: a launch less."""
+    problem = Problem.random(DTYPES[kind], 20, width, hidden, SOFT[:3])
+    potential = torch.zeros(20, dtype=problem.dtype)
+    there = program(kind, problem, False, streamed=True)
+    assert there.fused(*arguments(problem), None, None, potential, *[None] * 8, 1, 1) == packed
+    check(kind, problem, execute(kind, problem, streamed=True))
+
+
+def test_the_common_way_in_three_passes_of_tf32():
+    """Without the flush of the accumulator every 16 columns tensor cores lose two digits: csrc/cuda/fragments.cuh."""
+    problem = Problem.random(torch.float32, 32, 64, (256, 256), SOFT[:3], seed=5)
+    ours, exact = execute("tf32x3", problem, streamed=True), problem.to(torch.float64).plain()
+    for name in ("map", "grad of x", "grad of skip_weight", "grad of weights[0]"):
+        error = (ours[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error < 8e-7, f"{name}: {float(error):.3g}"
