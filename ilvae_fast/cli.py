@@ -103,9 +103,9 @@ def train(
 def evaluate(
     run: Run,
     data_root: DataRoot = None,
-    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.")] = 500,
-    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.")] = 32,
-    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.")] = 1000,
+    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.", min=1)] = 500,
+    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
+    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Measure a trained model again, with more samples; writes RUN/eval.json."""
@@ -124,7 +124,7 @@ def evaluate(
 @app.command()
 def sample(
     run: Run,
-    count: Annotated[int, typer.Option(help="How many.")] = 16,
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 16,
     noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     data_root: DataRoot = None,
@@ -218,7 +218,7 @@ def bench(
     model: Model = None,
     latent_dim: LatentDim = None,
     batch_size: BatchSize = None,
-    steps: Annotated[int, typer.Option(help="Timed steps of each backend.")] = 20,
+    steps: Annotated[int, typer.Option(help="Timed steps of each backend.", min=1)] = 20,
     config: File = None,
     assignments: Set = None,
 ) -> None:

@@ -139,7 +139,9 @@ class VAE(nn.Module):
         if self.config.free_bits == 0:
             loss = (reconstruction + self.kl_weight * kl).mean()
         else:
-            charged = kl_per_dimension.flatten(0, -2).mean(0).clamp(min=self.config.free_bits).sum()
+            charged = (
+                kl_per_dimension.reshape(-1, self.config.latent_dim).mean(0).clamp(min=self.config.free_bits).sum()
+            )
             if assignment is not None:
                 charged = charged + assignment.mean()
             loss = reconstruction.mean() + self.kl_weight.squeeze(0) * charged
