@@ -74,7 +74,7 @@ def run_lstm(
     """``lstm(x, state)``; on a CPU outside autocast, for there not every processor has one in bfloat16."""
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return lstm(x, state)
-    dtype = lstm.weight_ih_l0.dtype
+    dtype: torch.dtype = next(lstm.parameters()).dtype
     with torch.autocast("cpu", enabled=False):
         return lstm(x.to(dtype), None if state is None else (state[0].to(dtype), state[1].to(dtype)))
 
