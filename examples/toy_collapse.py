@@ -48,6 +48,9 @@ class Settings:
     sigmas: tuple[float, ...] = (0.5, 2.5, 5.0, 7.5, 10.0)
     constants: tuple[float | None, ...] = (None, 0.0, 1.0, 3.0, 10.0)  # certified L; None: plain, 0: LID
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of data, weights, batches and noise
+    more_seeds: tuple[int, ...] = tuple(
+        range(5, 20)
+    )  # with the setting "unit" and sigma = 7.5: accuracies spread there
     shown_sigmas: tuple[float, ...] = (0.5, 7.5)  # whose posteriors are kept for a figure, of the first seed
     steps: int = 1200
     batch_size: int = 256
@@ -64,7 +67,7 @@ class Settings:
     def quick(self) -> Settings:
         """The same with little work: numbers that mean nothing, for tests."""
         return replace(
-            self, sigmas=(0.5, 7.5), constants=(None, 0.0, 10.0), seeds=(0,), steps=30, num_data=300,
+            self, sigmas=(0.5, 7.5), constants=(None, 0.0, 10.0), seeds=(0,), more_seeds=(1,), steps=30, num_data=300,
             batch_size=64, importance_samples=5, fisher_samples=4, measured_data=60, shown_points=20,
         )  # fmt: skip
 
@@ -90,6 +93,8 @@ def runs(settings: Settings) -> Iterator[Run]:
         for setting, prior in (("true", "mixture"), ("true", "normal"), ("unit", "mixture")):
             for constant in settings.constants:
                 yield Run(setting, prior, constant, sigma, seed)
+    for seed, constant in itertools.product(settings.more_seeds, settings.constants):
+        yield Run("unit", "mixture", constant, 7.5, seed)
 
 
 def config(run: Run, settings: Settings) -> VAEConfig:

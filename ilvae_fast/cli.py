@@ -140,10 +140,11 @@ def evaluate(
     from .training import evaluate as measure
 
     _, model, dataset = _finished(run, data_root)
-    measures = measure(
-        model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
-        limit=limit or None, seed=seed,
-    )  # fmt: skip
+    with _progress(str(run)) as progress:
+        measures = measure(
+            model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
+            limit=limit or None, seed=seed, progress=lambda part: progress(round(100 * part), 100, {}),
+        )  # fmt: skip
     write_atomically(run / "eval.json", json.dumps(measures, indent=2, allow_nan=False) + "\n")
     _show([(run.name, measures)])
 
@@ -354,7 +355,11 @@ class _Bar:
     def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
         if self.task is None:
             self.task = self.bars.add_task(self.name, total=steps, note="")
-        note = {"note": f"loss {values['loss']:.2f}"} if values else {}
+        note = {}
+        if "loss" in values:
+            note = {"note": f"loss {values['loss']:.2f}"}
+        elif "measured" in values:
+            note = {"note": f"measuring, {values['measured']:.0%}"}
         self.bars.update(self.task, completed=step, **note)
 
 

@@ -36,7 +36,7 @@ def test_a_quick_study_stops_goes_on_and_draws(tmp_path):
     run()
     assert (tmp_path / "runs.csv").read_text().startswith(before)  # what was done stays
     rows = read(tmp_path)
-    assert len(rows) == len({tuple(row[k] for k in ("setting", "prior", "L", "sigma", "seed")) for row in rows}) == 18
+    assert len(rows) == len({tuple(row[k] for k in ("setting", "prior", "L", "sigma", "seed")) for row in rows}) == 21
     for name in ("accuracy", "divergence", "posteriors"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / f"{name}.png").unlink()

@@ -144,9 +144,15 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
     config = small(
         tmp_path / "run", L=0.5, annealing={"kl_weight": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 8}}
     )
-    seen = []
-    measures = train(config, lambda step, steps, values: seen.append((step, steps)))
+    seen, measured = [], []
+
+    def progress(step, steps, values):
+        (measured if "measured" in values else seen).append(values.get("measured", (step, steps)))
+
+    measures = train(config, progress)
     assert seen == [(k, 12) for k in range(1, 13)]
+    assert measured == sorted(measured)
+    assert measured[-1] == 1
     folder = tmp_path / "run"
     assert json.loads((folder / "metrics.json").read_text()) == measures
     history = json.loads((folder / "history.json").read_text())

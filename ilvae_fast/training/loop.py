@@ -41,7 +41,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     ``accelerate launch`` all processes call this.
 
     Args:
-        progress: called after each step with the number of steps done, that of all, and at times the latest values.
+        progress: called after each step with the number of steps done, that of all, and at times the latest values; and
+            while the trained model is measured, with the part of that which is done as ``measured``.
         restart: forget what is in the run's folder.
 
     Returns:
@@ -153,6 +154,7 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
         plain, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
         limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
         reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
+        progress=None if progress is None else lambda part: progress(steps, steps, {"measured": part}),
     )  # fmt: skip
     measures["train_loss"] = position.history[-1]["loss"]
     accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)

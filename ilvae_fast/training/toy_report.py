@@ -76,7 +76,7 @@ def draw(folder: Path) -> list[Path]:
         for k, constant in enumerate(constants):
             points = curve(rows, column, setting=key[0], prior=key[1], L=constant)
             if points and any(p.mean > 0 for p in points.values()):
-                aside = (k - (len(constants) - 1) / 2) * 0.012 * (high - low)  # so that no error bar hides another
+                aside = (k - (len(constants) - 1) / 2) * 0.006 * (high - low)  # so that no error bar hides another
                 axis.errorbar(
                     [sigma + aside for sigma in points], [p.mean for p in points.values()],
                     [p.error for p in points.values()], fmt=style, markersize=3, capsize=2, linewidth=1.2,
@@ -96,7 +96,8 @@ def draw(folder: Path) -> list[Path]:
 
     def save(figure: Any, file: str, axis: Any = None) -> Path:
         if axis is not None:
-            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+            (first, *others), (name, *names) = axis.get_legend_handles_labels()  # the plain line comes first there
+            figure.legend([*others, first], [*names, name], loc="outside lower center", ncols=len(constants) + 1)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
         plt.close(figure)
@@ -137,8 +138,8 @@ def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None]) -> An
             shown[float(sigma), float(constant) if constant else None] = content
     sigmas = sorted({sigma for sigma, _ in shown})
     figure, axes = plt.subplots(
-        len(sigmas), len(constants), figsize=(2.1 * len(constants), 2.2 * len(sigmas)), squeeze=False, sharex=True,
-        sharey=True, layout="constrained",
+        len(sigmas), len(constants), figsize=(2.1 * len(constants), 1.65 * len(sigmas)), squeeze=False, sharex=True,
+        sharey=True, layout="compressed",
     )  # fmt: skip
     for line, sigma in zip(axes, sigmas, strict=True):
         for axis, constant in zip(line, constants, strict=True):
@@ -153,6 +154,7 @@ def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None]) -> An
                 ]
                 axis.plot(*circle, color="#9ca3af", linewidth=0.8)
             axis.set_aspect("equal")
+            axis.xaxis.set_major_locator(plt.MultipleLocator(2))
         line[0].set_ylabel(rf"$\sigma = {sigma:g}$")
     for axis, constant in zip(axes[0], constants, strict=True):
         axis.set_title(_name(constant), fontsize=9)
