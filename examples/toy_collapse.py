@@ -48,9 +48,7 @@ class Settings:
     sigmas: tuple[float, ...] = (0.5, 2.5, 5.0, 7.5, 10.0)
     constants: tuple[float | None, ...] = (None, 0.0, 1.0, 3.0, 10.0)  # certified L; None: plain, 0: LID
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of data, weights, batches and noise
-    more_seeds: tuple[int, ...] = tuple(
-        range(5, 20)
-    )  # with the setting "unit" and sigma = 7.5: accuracies spread there
+    more_seeds: tuple[int, ...] = tuple(range(5, 20))  # of "unit" at sigma = 7.5, where accuracies spread
     shown_sigmas: tuple[float, ...] = (0.5, 7.5)  # whose posteriors are kept for a figure, of the first seed
     steps: int = 1200
     batch_size: int = 256
