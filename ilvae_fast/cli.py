@@ -314,7 +314,7 @@ def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
     return config, VAE.from_pretrained(run / "model"), load_dataset(config)
 
 
-_COLUMNS = (
+COLUMNS = (
     ("NLL", "nll"), ("KL", "elbo_kl"), ("active", "active_units"), ("MI", "mutual_information"), ("Fisher", "fisher"),
     ("bound", "fisher_lower_bound"), ("ESS", "fisher_effective_sample_size"), ("certified L", "certified"),
     ("measured L", "measured"), ("clusters", "clustering_accuracy"),
@@ -325,7 +325,7 @@ def _show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     table_of = require("rich.table", "train").Table
     table = table_of(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
     table.add_column("run", overflow="fold")
-    shown = [(heading, key) for heading, key in _COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    shown = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
     for heading, _ in shown:
         table.add_column(heading, justify="right")
     for name, row in rows:
