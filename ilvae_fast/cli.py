@@ -180,7 +180,8 @@ def sample(
         for k, image in enumerate(x.numpy()):
             i, j = divmod(k, columns)
             sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.reshape(height, width)
-        plt.imsave(content, sheet, cmap="gray", vmin=0, vmax=1, format="png")
+        zoom = max(1, 96 // height)  # small images so that they can be seen
+        plt.imsave(content, sheet.repeat(zoom, 0).repeat(zoom, 1), cmap="gray", vmin=0, vmax=1, format="png")
         path = run / "samples.png"
     else:
         np.savez(content, samples=x.numpy())
