@@ -567,6 +567,17 @@ def test_autocast_leaves_likelihood_and_kl_in_float32(name):
     output.loss.backward()
 
 
+def test_autocast_widens_the_posterior_of_a_users_own_encoder_too():
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            return DiagonalGaussian(*super().forward(x).chunk(2, -1))
+
+    model = VAE(small(), encoder=Own(7, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(batch(4).float())
+    assert output.posterior.mean.dtype == output.loss.dtype == torch.float32
+
+
 # files
 
 

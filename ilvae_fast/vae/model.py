@@ -112,7 +112,9 @@ class VAE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.config.data_dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (..., {self.config.data_dim})")
         encoded = self.encoder(x)
-        return self.prior.posterior(_wide(encoded)) if isinstance(encoded, Tensor) else encoded
+        return (
+            self.prior.posterior(_wide(encoded)) if isinstance(encoded, Tensor) else encoded._make(map(_wide, encoded))
+        )
 
     def generative(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., P).
