@@ -129,7 +129,7 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
     steps = config.epochs * batches.steps
     while position.epoch < config.epochs:
         for x in batches.epoch(position.epoch, position.step_in_epoch):
-            values = _step(accelerator, model, optimizer, x.to(accelerator.device), config, position.step)
+            values = _step(accelerator, plain, model, optimizer, x.to(accelerator.device), config, position.step)
             warmup.step()
             annealer.step()
             position.add(values)
@@ -167,9 +167,11 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
     return measures
 
 
-def _step(accelerator: Any, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int) -> Tensor:
-    """One step of Adam; (loss, reconstruction, KL) of the batch."""
-    before = _before_step(accelerator, model)
+def _step(
+    accelerator: Any, plain: VAE, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int
+) -> Tensor:
+    """One step of Adam; (loss, reconstruction, KL) of the batch. ``model`` is ``plain`` as accelerate wraps it."""
+    before = _before_step(plain, accelerator.device)
     parts = []
     for part in x.chunk(config.accumulation):
         with accelerator.accumulate(model):
@@ -177,7 +179,7 @@ def _step(accelerator: Any, model: Any, optimizer: Any, x: Tensor, config: Train
             accelerator.backward(output.loss)
             parts.append(torch.stack([output.loss, output.reconstruction.mean(), output.kl.mean()]).detach())
             if accelerator.sync_gradients:
-                _check(accelerator, model, optimizer, x, torch.stack(parts)[:, 0], before, config, step)
+                _check(accelerator, plain, optimizer, x, torch.stack(parts)[:, 0], before, config, step)
                 if config.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -185,9 +187,8 @@ def _step(accelerator: Any, model: Any, optimizer: Any, x: Tensor, config: Train
     return torch.stack(parts).mean(0)
 
 
-def _before_step(accelerator: Any, model: Any) -> dict[str, Any]:
+def _before_step(plain: VAE, device: torch.device) -> dict[str, Any]:
     """What a step changes before its optimiser does: random generators, and buffers such as a moving variance."""
-    device, plain = accelerator.device, accelerator.unwrap_model(model)
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
@@ -195,11 +196,11 @@ def _before_step(accelerator: Any, model: Any) -> dict[str, Any]:
 
 
 def _check(
-    accelerator: Any, model: Any, optimizer: Any, x: Tensor, losses: Tensor, before: dict[str, Any],
+    accelerator: Any, plain: VAE, optimizer: Any, x: Tensor, losses: Tensor, before: dict[str, Any],
     config: TrainConfig, step: int,
 ) -> None:  # fmt: skip
     """Stop before a step that would spoil the weights; all processes agree on it."""
-    gradients = {n: p.grad for n, p in accelerator.unwrap_model(model).named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     bad_loss = ~(losses.abs() <= config.loss_limit).all()
     bad_gradient = ~torch.nn.utils.get_total_norm(gradients.values()).isfinite()
     if config.precision == "fp16":  # its scaler leaves such a step out, and lowers the scale
@@ -209,7 +210,6 @@ def _check(
     if not any(somewhere):
         return
     cause = 0 if somewhere[0] else 1  # a loss that is no number spoils the gradients of all processes
-    plain = accelerator.unwrap_model(model)
     accelerator.unscale_gradients(optimizer)
     norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
     largest = max(norms, key=lambda n: math.inf if math.isnan(norms[n]) else norms[n])
