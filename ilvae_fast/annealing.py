@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import unknown_name
-from ._options import build
+from ._options import build, check_number
 from .decoder import BrenierDecoder
 from .layers import BrenierMap, check_positive
 
@@ -44,14 +44,7 @@ class Schedule(ABC):
             if field.type == "int":
                 check_positive(field.name, value)
             elif field.type == "float":
-                _check_value(field.name, value)
-
-
-def _check_value(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, wanted a number >= 0")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: got {value!r}, wanted a finite number >= 0")
+                check_number(field.name, value)
 
 
 @dataclass(frozen=True)
@@ -110,11 +103,15 @@ class Piecewise(Schedule):
     points: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        points = tuple((step, value) for step, value in self.points)
+        try:
+            points = tuple((step, value) for step, value in self.points)
+        except (TypeError, ValueError):
+            points = ()
+        for pair in points:
+            for number in pair:
+                check_number("points", number)
         if not points or any(a >= b for (a, _), (b, _) in pairwise(points)):
             raise ValueError(f"points: got {self.points!r}, wanted pairs (step, value) with growing steps")
-        for _, value in points:
-            _check_value("points", value)
         object.__setattr__(self, "points", points)
 
     def value(self, step: int) -> float:

@@ -16,38 +16,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ._extras import require
+from .data import DATASETS
+from .training import TrainConfig
+from .vae import CONFIGURATIONS
 
 if TYPE_CHECKING:
     import typer
-
-    from .training import TrainConfig
 else:
     typer = require("typer", "train")
 
 app = typer.Typer(
-    help="Train and measure variational autoencoders whose decoder cannot ignore its latent.",
+    help="""Train and measure variational autoencoders whose decoder cannot ignore its latent.
+
+    `ilvae-fast train --data digits --model il-lidvae --L 0.5`, then `ilvae-fast sample` and `eval` with the folder that
+    it names, and `ilvae-fast report runs`. Each command explains itself: `ilvae-fast train --help`.
+    """,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str | None, typer.Option("--data", help="digits, toy, pinwheel, mnist, fashion_mnist, omniglot, "
-    "synthetic_text, text:FILE or npz:FILE.")]  # fmt: skip
+_DEFAULTS = TrainConfig().to_dict()
+_FIELDS = "Fields for --set and --config, and their defaults: " + ", ".join(
+    f"{name}={'' if value is None else value}" for name, value in _DEFAULTS.items()
+)
+_MEASURES = """Measures, in nats, on test data: NLL, from importance samples; KL, of the ELBO; active, units whose
+posterior mean moves with x; MI, of x and z; Fisher, the divergence of true posterior and prior, its lower bound by L,
+and the effective number ESS of samples behind both (near 1: do not trust them); L as certified and as measured;
+clusters, accuracy of a mixture's components as classes."""
+
+
+def _field(name: str, help: str, *flags: str) -> Any:
+    """An option for a field of the configuration, with its default."""
+    default = _DEFAULTS[name]
+    return typer.Option(*flags, help=help, show_default=False if default is None else str(default))
+
+
+Data = Annotated[str | None, _field("data", f"{', '.join(DATASETS)}.", "--data")]
 DataRoot = Annotated[
-    str | None, typer.Option(help="Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
+    str | None, _field("data_root", "Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
 ]
-Model = Annotated[str | None, typer.Option("--model", help="vae, gmvae, svae; lidvae, lidmvae, lidsvae; il-lidvae, "
-    "il-lidmvae, il-lidsvae.")]  # fmt: skip
-Constant = Annotated[float | None, typer.Option("--L", help="Certified inverse-Lipschitz constant of the decoder.")]
-LatentDim = Annotated[int | None, typer.Option(help="Width of the latent space.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training data.")]
-BatchSize = Annotated[int | None, typer.Option(help="Data in a step, of each process.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of Adam.")]
-Seed = Annotated[int | None, typer.Option(help="Of weights, batches and noise.")]
+Model = Annotated[str | None, _field("model", f"{', '.join(CONFIGURATIONS)}.", "--model")]
+Constant = Annotated[
+    float | None, _field("L", "Certified inverse-Lipschitz constant of the decoder. Else the model's: 1 or 0.", "--L")
+]
+LatentDim = Annotated[int | None, _field("latent_dim", "Width of the latent space.")]
+Epochs = Annotated[int | None, _field("epochs", "Passes over the training data.")]
+BatchSize = Annotated[int | None, _field("batch_size", "Data in a step, of each process.")]
+Rate = Annotated[float | None, _field("learning_rate", "Of Adam.", "--learning-rate", "--lr")]
+Seed = Annotated[int | None, _field("seed", "Of weights, batches and noise.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML file of fields, such as another run's config.yaml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field, a dot for "
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field (see below), a dot for "
     "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
     "end: 1, steps: 500}'.")]  # fmt: skip
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what is in the folder; else the run goes on.")]
@@ -55,14 +76,12 @@ Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 
 def _config(file: Path | None, assignments: Sequence[str] | None, cpu: bool = False, **fields: Any) -> TrainConfig:
-    from .training import TrainConfig
-
     config = TrainConfig() if file is None else TrainConfig.from_yaml(file)
     given = {name: value for name, value in fields.items() if value is not None}
     return replace(config, **given, cpu=cpu or config.cpu).updated(assignments or ())
 
 
-@app.command()
+@app.command(epilog=_FIELDS)
 def train(
     data: Data = None,
     data_root: DataRoot = None,
@@ -81,10 +100,18 @@ def train(
 ) -> None:
     """Train a model and measure it; an interrupted run goes on where it was.
 
-    `ilvae-fast train --data mnist --model il-lidvae --L 1.0 --epochs 2`
+    `ilvae-fast train --data mnist --data-root DATA --model il-lidvae --L 1.0 --epochs 2`
+
+    Models: vae, gmvae and svae have a plain decoder; lidvae, lidmvae and lidsvae an injective one; il-.. are L-inverse
+    Lipschitz: |f(z) - f(z')| >= L |z - z'|. Their m is a Gaussian mixture as prior, their s sequences of tokens.
+
+    Start with a high L, so that the latent is used, and relax it to the target:
+    `--L 1 --set 'annealing={L1: {kind: cosine, start: 3, end: 1, steps: 1000}}'`
 
     Two processes: `torchrun --nproc-per-node 2 -m ilvae_fast train ..`; several machines: the same with torchrun's
     `--nnodes` and `--rdzv-endpoint`.
+
+    What is printed at the end `ilvae-fast eval --help` explains.
     """
     from .training import train as run
 
@@ -99,13 +126,13 @@ def train(
         _console().print(f"in {settings.folder}", highlight=False)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=_MEASURES)
 def evaluate(
     run: Run,
     data_root: DataRoot = None,
-    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.")] = 500,
-    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.")] = 32,
-    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.")] = 1000,
+    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.", min=1)] = 500,
+    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
+    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Measure a trained model again, with more samples; writes RUN/eval.json."""
@@ -113,10 +140,11 @@ def evaluate(
     from .training import evaluate as measure
 
     _, model, dataset = _finished(run, data_root)
-    measures = measure(
-        model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
-        limit=limit or None, seed=seed,
-    )  # fmt: skip
+    with _progress(str(run)) as progress:
+        measures = measure(
+            model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
+            limit=limit or None, seed=seed, progress=lambda part: progress(round(100 * part), 100, {}),
+        )  # fmt: skip
     write_atomically(run / "eval.json", json.dumps(measures, indent=2, allow_nan=False) + "\n")
     _show([(run.name, measures)])
 
@@ -124,7 +152,7 @@ def evaluate(
 @app.command()
 def sample(
     run: Run,
-    count: Annotated[int, typer.Option(help="How many.")] = 16,
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 16,
     noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     data_root: DataRoot = None,
@@ -152,7 +180,8 @@ def sample(
         for k, image in enumerate(x.numpy()):
             i, j = divmod(k, columns)
             sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.reshape(height, width)
-        plt.imsave(content, sheet, cmap="gray", vmin=0, vmax=1, format="png")
+        zoom = max(1, 96 // height)  # small images so that they can be seen
+        plt.imsave(content, sheet.repeat(zoom, 0).repeat(zoom, 1), cmap="gray", vmin=0, vmax=1, format="png")
         path = run / "samples.png"
     else:
         np.savez(content, samples=x.numpy())
@@ -161,7 +190,7 @@ def sample(
     print(path)
 
 
-@app.command()
+@app.command(epilog=_FIELDS)
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
     constants: Annotated[list[float] | None, typer.Option("--L", help="Constants of the grid; once for each.")] = None,
@@ -218,7 +247,7 @@ def bench(
     model: Model = None,
     latent_dim: LatentDim = None,
     batch_size: BatchSize = None,
-    steps: Annotated[int, typer.Option(help="Timed steps of each backend.")] = 20,
+    steps: Annotated[int, typer.Option(help="Timed steps of each backend.", min=1)] = 20,
     config: File = None,
     assignments: Set = None,
 ) -> None:
@@ -258,8 +287,6 @@ def info() -> None:
     import torch
 
     from . import build_info
-    from .data import DATASETS
-    from .vae import CONFIGURATIONS
 
     devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     for name, value in {
@@ -275,7 +302,7 @@ def info() -> None:
 
 def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
     """Configuration, model and data of a run."""
-    from .training import TrainConfig, load_dataset
+    from .training import load_dataset
     from .vae import VAE
 
     if not (run / "model").is_dir() or not (run / "config.yaml").is_file():
@@ -288,7 +315,7 @@ def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
     return config, VAE.from_pretrained(run / "model"), load_dataset(config)
 
 
-_COLUMNS = (
+COLUMNS = (
     ("NLL", "nll"), ("KL", "elbo_kl"), ("active", "active_units"), ("MI", "mutual_information"), ("Fisher", "fisher"),
     ("bound", "fisher_lower_bound"), ("ESS", "fisher_effective_sample_size"), ("certified L", "certified"),
     ("measured L", "measured"), ("clusters", "clustering_accuracy"),
@@ -299,7 +326,7 @@ def _show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     table_of = require("rich.table", "train").Table
     table = table_of(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
     table.add_column("run", overflow="fold")
-    shown = [(heading, key) for heading, key in _COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    shown = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
     for heading, _ in shown:
         table.add_column(heading, justify="right")
     for name, row in rows:
@@ -329,7 +356,11 @@ class _Bar:
     def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
         if self.task is None:
             self.task = self.bars.add_task(self.name, total=steps, note="")
-        note = {"note": f"loss {values['loss']:.2f}"} if values else {}
+        note = {}
+        if "loss" in values:
+            note = {"note": f"loss {values['loss']:.2f}"}
+        elif "measured" in values:
+            note = {"note": f"measuring, {values['measured']:.0%}"}
         self.bars.update(self.task, completed=step, **note)
 
 

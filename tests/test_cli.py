@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from ilvae_fast import cli
+from ilvae_fast.training import TrainConfig
+from ilvae_fast.vae import CONFIGURATIONS
 
 SMALL = [
     "--data", "toy", "--latent-dim", "2", "--epochs", "1", "--batch-size", "50", "--cpu",
@@ -91,6 +93,12 @@ def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, argum
 @pytest.mark.parametrize("command", ["train", "eval", "sample", "sweep", "report", "bench", "info"])
 def test_help_of_each_command_says_what_it_does(capsys, command):
     assert "Usage" in run(capsys, command, "--help")
+
+
+def test_help_names_every_field_and_model(capsys):
+    printed = run(capsys, "train", "--help")
+    for name in (*TrainConfig().to_dict(), *CONFIGURATIONS):
+        assert name in printed
 
 
 @pytest.mark.slow

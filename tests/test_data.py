@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_unknown_names_and_bad_options_are_refused(name, options, message):
 
 
 def test_options_of_a_data_set_that_has_none_are_refused():
-    with pytest.raises(TypeError, match="digits takes no 'sigma'"):
+    with pytest.raises(ValueError, match="option of digits: got 'sigma', wanted none"):
         data.load("digits", sigma=1.0)
 
 
@@ -124,6 +125,23 @@ def test_the_data_root_may_come_from_the_environment_and_follow_torchvision(tmp_
     (tmp_path / "moved" / "MNIST").mkdir(parents=True)
     (tmp_path / "mnist").rename(tmp_path / "moved" / "MNIST" / "raw")
     assert len(data.load("mnist", verify=False).train) == 30
+
+
+def test_what_is_missing_is_fetched_by_torchvision_once(tmp_path, small_mnist, monkeypatch):
+    fetched = []
+
+    def fetch(root, download):
+        (Path(root) / "MNIST").mkdir(parents=True)
+        (tmp_path / "mnist").rename(Path(root) / "MNIST" / "raw")  # where torchvision puts it
+        fetched.append(download)
+
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(MNIST=fetch))
+    for _ in range(2):
+        assert len(data.load("mnist", tmp_path / "new", download=True, verify=False).train) == 30
+    assert fetched == [True]
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match=r"torchvision is needed.*pip install ilvae_fast\[download\]"):
+        data.load("fashion_mnist", tmp_path / "new", download=True)
 
 
 def test_a_missing_file_is_named_with_where_and_how(tmp_path, small_mnist):

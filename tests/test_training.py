@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_fields_are_set_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        ("annealing={kind", "set: annealing={kind: is no YAML"),
         ("epoch=3", r"field: got 'epoch'.*nearest: 'epochs'"),
         ("epochs", "set: got 'epochs', wanted FIELD=VALUE"),
         ("epochs.x=3", "epochs has no fields"),
@@ -82,6 +84,12 @@ def test_fields_are_set_by_name(tmp_path):
 def test_bad_fields_are_refused(tmp_path, assignment, message):
     with pytest.raises(ValueError, match=message):
         small(tmp_path).updated([assignment])
+
+
+@pytest.mark.parametrize("name", ["data", "model", "output", "data_options", "model_options", "annealing", "cpu"])
+def test_values_of_another_kind_are_refused(tmp_path, name):
+    with pytest.raises(TypeError, match=rf"{name}: got 3, wanted"):
+        small(tmp_path).updated([f"{name}=3"])
 
 
 def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
@@ -136,9 +144,15 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
     config = small(
         tmp_path / "run", L=0.5, annealing={"kl_weight": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 8}}
     )
-    seen = []
-    measures = train(config, lambda step, steps, values: seen.append((step, steps)))
+    seen, measured = [], []
+
+    def progress(step, steps, values):
+        (measured if "measured" in values else seen).append(values.get("measured", (step, steps)))
+
+    measures = train(config, progress)
     assert seen == [(k, 12) for k in range(1, 13)]
+    assert measured == sorted(measured)
+    assert measured[-1] == 1
     folder = tmp_path / "run"
     assert json.loads((folder / "metrics.json").read_text()) == measures
     history = json.loads((folder / "history.json").read_text())
@@ -225,16 +239,51 @@ def test_a_sweep_skips_what_is_done(tmp_path, monkeypatch):
 # divergence
 
 
-def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path):
-    config = small(tmp_path / "run", learning_rate=1e4, loss_limit=1e6)
-    with pytest.raises(Diverged, match=r"step \d+: the loss is .* nats.*largest gradient is that of .*\.pt") as caught:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path, accumulation):
+    options = {**OPTIONS, "likelihood_options": {"variance": "optimal", "scale": 1e-3}}  # which moves in each step
+    config = small(
+        tmp_path / "run", learning_rate=1.0, loss_limit=30.0, max_grad_norm=0.5, accumulation=accumulation,
+        model_options=options,
+    )  # fmt: skip
+    with pytest.raises(Diverged, match=r"step \d+: the loss is .* nats.*\.pt") as caught:
         train(config)
     model, outputs = reproduce(tmp_path / "run" / "diverged" / "process0.pt")
+    assert len(outputs) == accumulation
     loss = torch.stack([output.loss for output in outputs]).max()
-    assert not loss.abs() <= 1e6
-    assert f"{loss.item():g}" in str(caught.value)
+    assert not loss.abs() <= 30
+    assert f"the loss is {loss.item():g} nats" in str(caught.value)
     assert all(p.isfinite().all() for p in model.parameters())  # the weights were not spoiled yet
+    (sum(output.loss for output in outputs) / accumulation).backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    largest = max(norms, key=norms.get)
+    stated = re.search(r"the largest gradient is that of (\S+), of norm (\S+);", str(caught.value))
+    assert stated[1] == largest
+    assert float(stated[2]) == pytest.approx(norms[largest], rel=1e-4)  # as it was before it was clipped
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path, monkeypatch):
+    calls = []
+
+    def spoiled(config, dataset):
+        model = build_model(config, dataset)
+
+        def spoil(gradient):
+            calls.append(gradient)
+            return gradient * math.nan if len(calls) == 3 else gradient
+
+        model.encoder[0].weight.register_hook(spoil)
+        return model
+
+    monkeypatch.setattr("ilvae_fast.training.loop.build_model", spoiled)
+    with pytest.raises(
+        Diverged, match=r"step 2: a gradient is no number, the loss is \d.*encoder\.0\.weight, of norm nan"
+    ):
+        train(small(tmp_path))
+    model, (output,) = reproduce(tmp_path / "diverged" / "process0.pt")
+    assert output.loss.isfinite()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_data_that_are_no_number_stop_at_once(tmp_path):

@@ -445,6 +445,17 @@ def test_the_loss_of_a_mixture_sums_over_its_components(name):
 # against collapse
 
 
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("free_bits", [0.0, 0.1])
+def test_a_single_datum_needs_no_batch(name, free_bits):
+    model, x = small_model(name, free_bits=free_bits), data_for(name)
+    assert x.dim() == 1
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    torch.testing.assert_close(model(x, seeds[0]).loss.squeeze(), model(x.unsqueeze(0), seeds[1]).loss)
+    assert model.log_likelihood(x, 3).shape == ()
+    assert model.reconstruct(x).shape == x.shape
+
+
 def test_free_bits_charge_no_less_than_their_number_for_each_latent():
     model, x = small_model(free_bits=0.05, kl_weight=0.5), batch(8)
     output = model(x)
@@ -554,6 +565,17 @@ def test_autocast_leaves_likelihood_and_kl_in_float32(name):
         output = model(x)
     assert output.loss.dtype == output.reconstruction.dtype == output.kl.dtype == torch.float32
     output.loss.backward()
+
+
+def test_autocast_widens_the_posterior_of_a_users_own_encoder_too():
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            return DiagonalGaussian(*super().forward(x).chunk(2, -1))
+
+    model = VAE(small(), encoder=Own(7, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(batch(4).float())
+    assert output.posterior.mean.dtype == output.loss.dtype == torch.float32
 
 
 # files

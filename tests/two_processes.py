@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ilvae_fast import _files, data, metrics
-from ilvae_fast.training import TrainConfig, evaluate, shard, train
+from ilvae_fast.training import TrainConfig, evaluate, shard, sweep, train
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 
 CONFIG = VAEConfig(64, 3, encoder_hidden=(16,), decoder_hidden=((8,), (24, 16)), embedding="orthogonal")
@@ -32,9 +33,9 @@ def same_noise() -> None:
     DiagonalGaussian.sample = sample
 
 
-def model() -> VAE:
+def model(variance: str = "fixed") -> VAE:
     torch.manual_seed(0)
-    return VAE(CONFIG)
+    return VAE(replace(CONFIG, likelihood_options={"variance": variance}))
 
 
 def batch() -> torch.Tensor:
@@ -44,15 +45,16 @@ def batch() -> torch.Tensor:
 def gradients(folder: Path) -> None:
     """DDP: the gradients of two halves are those of the whole; FSDP2: the same, and the entry points work."""
     same_noise()
-    whole, x = model(), batch()
-    whole(x).loss.backward()
-    expected = {name: p.grad for name, p in whole.named_parameters()}
-
-    plain = model()
-    wrapped = DistributedDataParallel(plain)
-    wrapped(x.chunk(2)[RANK]).loss.backward()
-    for name, p in plain.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+    x = batch()
+    for variance in ("optimal", "fixed"):
+        whole, plain = model(variance), model(variance)
+        whole(x).loss.backward()
+        expected = {name: p.grad for name, p in whole.named_parameters()}
+        wrapped = DistributedDataParallel(plain)
+        wrapped(x.chunk(2)[RANK]).loss.backward()
+        for name, p in plain.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(plain.likelihood.scale), torch.as_tensor(whole.likelihood.scale))
 
     sharded = shard(model())
     for name, p in sharded.named_parameters():
@@ -138,6 +140,8 @@ def run(folder: Path) -> None:
             if name.startswith("ilvae_fast") and hasattr(module, "write_atomically"):
                 module.write_atomically = refuse
     result = train(config(folder))
+    quick = replace(config(folder), epochs=1, batch_size=500)
+    sweep(quick, [1.0], [0], folder / "sweep")
     (folder / f"run{RANK}.json").write_text(json.dumps(result))
 
 

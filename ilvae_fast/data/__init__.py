@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .._errors import unknown_name
+from .._options import check_names
 from .dataset import Dataset as Dataset
 from .files import npz as npz
 from .files import text as text
@@ -51,9 +52,7 @@ def load(name: str, data_root: str | os.PathLike[str] | None = None, **options: 
         raise unknown_name("name", name, DATASETS)
     build = DATASETS[key]
     known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of {key}", option, known) if known else TypeError(f"{key} takes no {option!r}")
+    check_names(f"option of {key}", options, known)
     if separator:
         return build(path, **options)
     if "data_root" in inspect.signature(build).parameters:

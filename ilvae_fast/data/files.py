@@ -40,6 +40,7 @@ def text(
     """
     if level not in LEVELS:
         raise unknown_name("level", level, LEVELS)
+    _check_file("text", path, "a text in UTF-8, one sentence a line")
     check_positive("length", length)
     if check_positive("vocabulary_size", vocabulary_size) < 3:
         raise ValueError(f"vocabulary_size: got {vocabulary_size}, wanted at least 3, two of which are <eos> and <unk>")
@@ -61,6 +62,11 @@ def text(
     return Dataset(*split(x, None, test_fraction), (length,), len(vocabulary), vocabulary, separator)
 
 
+def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{kind}:FILE: no file {os.fspath(path)!r} in {os.getcwd()}, wanted {wanted}")
+
+
 def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
 
@@ -70,6 +76,7 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit.
     """
+    _check_file("npz", path, "what numpy.savez(path, x_train=..) writes")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test") if name in archive}

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._options import check_number
 from ..layers import check_positive
 from .dataset import Dataset, split
 
@@ -20,8 +21,8 @@ def toy(*, sigma: float = 1.0, num_train: int = 2000, num_test: int = 2000, seed
     Raises:
         ValueError, TypeError: naming the option.
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma: got {sigma!r}, wanted a finite number > 0")
+    check_number("sigma", sigma, above=True)
+    check_number("seed", seed, whole=True)
     count = check_positive("num_train", num_train) + check_positive("num_test", num_test)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(2, (count,), generator=generator)
@@ -40,6 +41,7 @@ def pinwheel(*, num_classes: int = 5, num_per_class: int = 1000, seed: int = 0) 
     """
     check_positive("num_classes", num_classes)
     check_positive("num_per_class", num_per_class)
+    check_number("seed", seed, whole=True)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_classes).repeat_interleave(num_per_class)
     features = torch.randn(len(labels), 2, generator=generator) * torch.tensor([0.3, 0.05]) + torch.tensor([1.0, 0.0])
@@ -66,6 +68,7 @@ def synthetic_text(
     sizes = {"num_sentences": num_sentences, "length": length, "vocabulary_size": vocabulary_size, "hidden": hidden}
     for name, size in sizes.items():
         check_positive(name, size)
+    check_number("seed", seed, whole=True)
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(bound: float, *shape: int) -> Tensor:

@@ -14,12 +14,19 @@ from typing import Any
 from .. import data
 from .._errors import unknown_name
 from .._extras import require
+from .._options import check_names, check_number
 from ..annealing import as_schedule
 from ..data import Dataset
 from ..layers import check_positive
 from ..vae import CONFIGURATIONS, VAE, VAEConfig
 
 PRECISIONS = ("no", "bf16", "fp16")
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    *((name, str, "a name") for name in ("data", "model", "precision")),
+    *((name, str | None, "a path") for name in ("data_root", "output")),
+    *((name, Mapping, "a mapping of names to values") for name in ("data_options", "model_options", "annealing")),
+    ("cpu", bool, "true or false"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,9 @@ class TrainConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, wanted in _KINDS:
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
         if self.model not in CONFIGURATIONS:
             raise unknown_name("model", self.model, CONFIGURATIONS)
         if self.precision not in PRECISIONS:
@@ -85,18 +95,19 @@ class TrainConfig:
             check_positive(name, getattr(self, name))
         if self.eval_limit is not None:
             check_positive("eval_limit", self.eval_limit)
-        for name in ("learning_rate", "loss_limit", "max_grad_norm"):
-            _check_number(name, getattr(self, name), least=0, equal=False)
-        for name in ("L", "warmup_steps", "seed"):
-            _check_number(name, getattr(self, name), least=0, equal=True)
+        for name in ("learning_rate", "loss_limit"):
+            check_number(name, getattr(self, name), above=True)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, above=True)
+        if self.L is not None:
+            check_number("L", self.L)
+        for name in ("warmup_steps", "seed"):
+            check_number(name, getattr(self, name), whole=True)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation: got {self.accumulation}, wanted a divisor of batch_size, {self.batch_size}"
             )
-        known = {f.name for f in dataclasses.fields(VAEConfig)}
-        for name in self.model_options:
-            if name not in known:
-                raise unknown_name("model_options", name, known)
+        check_names("model_options", self.model_options, [f.name for f in dataclasses.fields(VAEConfig)])
         for schedule in self.annealing.values():
             as_schedule(schedule)
 
@@ -116,10 +127,7 @@ class TrainConfig:
         Raises:
             ValueError: unknown name of a field, with the nearest one.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise unknown_name("field", name, known)
+        check_names("field", fields, [f.name for f in dataclasses.fields(cls)])
         return cls(**fields)
 
     @classmethod
@@ -130,7 +138,9 @@ class TrainConfig:
             FileNotFoundError: no such file.
             ValueError: no mapping of names to values, or an unknown one.
         """
-        fields = require("yaml", "train").safe_load(Path(path).read_text())
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"config: no file {os.fspath(path)!r}, wanted YAML with fields of a run")
+        fields = _parsed(os.fspath(path), Path(path).read_text())
         if not isinstance(fields, Mapping):
             raise ValueError(f"{os.fspath(path)}: got {type(fields).__name__}, wanted fields with their values")
         return cls.from_dict(fields)
@@ -149,7 +159,7 @@ class TrainConfig:
         Raises:
             ValueError: no assignment, or an unknown field, with the nearest one.
         """
-        fields, yaml = self.to_dict(), require("yaml", "train")
+        fields = self.to_dict()
         for assignment in assignments:
             name, separator, value = assignment.partition("=")
             if not separator:
@@ -162,19 +172,17 @@ class TrainConfig:
                 inside = inside.setdefault(part, {})
                 if not isinstance(inside, dict):
                     raise ValueError(f"set: got {assignment!r}, but {part} has no fields of its own")
-            inside[last] = yaml.safe_load(value)
+            inside[last] = _parsed(f"set: {assignment}", value)
         return TrainConfig.from_dict(fields)
 
 
-def _check_number(name: str, value: Any, *, least: float, equal: bool) -> None:
-    if value is None:
-        return
-    wanted = f"a finite number {'>=' if equal else '>'} {least:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, wanted {wanted}{hint}")
-    if not math.isfinite(value) or value < least or (value == least and not equal):
-        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+def _parsed(source: str, text: str) -> Any:
+    """The value of a text in YAML."""
+    yaml = require("yaml", "train")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
 
 
 def _plain(value: Any) -> Any:

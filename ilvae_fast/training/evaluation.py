@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def evaluate(
     process: int = 0,
     num_processes: int = 1,
     reduce: Reduce = None,
+    progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none.
 
@@ -41,6 +43,7 @@ def evaluate(
         limit: how many of the test data (from the first on) to measure on, a tenth of them for the divergence.
         seed: of all samples.
         process, num_processes, reduce: for several processes, as in :mod:`ilvae_fast.metrics`.
+        progress: called with the part that is done, 0 to 1.
 
     Returns:
         nll, elbo_kl, kl_per_dimension, active_units, latent_variances, epsilon_collapse (by epsilon),
@@ -56,8 +59,12 @@ def evaluate(
     mine = slice(process, None, num_processes)
     own, few = x[mine], x[: max(num_processes, len(x) // 10)][mine]
 
+    width = model.config.data_dim * model.likelihood.parameters_per_value
+    at_once = max(1, 2**22 // (fisher_samples * width * model.config.latent_dim))
+    batches, fewer = own.split(64), few.split(at_once)  # what takes long
+    watch = _Watch(progress, len(batches) + len(fewer))
     nll = metrics.negative_log_likelihood(
-        model, own, num_importance_samples, batch_size=64, generator=generator, reduce=reduce
+        model, watch(batches), num_importance_samples, generator=generator, reduce=reduce
     )
     kl = metrics.kl_divergence(model, own, reduce=reduce)
     active = metrics.active_units(model, own, reduce=reduce)
@@ -68,10 +75,8 @@ def evaluate(
     clusters = _clusters(model, x) if model.config.prior == "gaussian_mixture" else None
 
     model = model.double()
-    x, few = (t.double() if t.is_floating_point() else t for t in (x, few))
-    width = model.config.data_dim * model.likelihood.parameters_per_value
-    batch = max(1, 2**22 // (fisher_samples * width * model.config.latent_dim))
-    fisher = metrics.relative_fisher(model, few, fisher_samples, batch_size=batch, generator=generator, reduce=reduce)
+    x, *fewer = (t.double() if t.is_floating_point() else t for t in (x, *fewer))
+    fisher = metrics.relative_fisher(model, watch(fewer), fisher_samples, generator=generator, reduce=reduce)
     z = model.inference(x[:_JACOBIANS]).sample(generator=common)
     constant = metrics.inverse_lipschitz(metrics.decoder_given(model.decoder, x[0]), z, batch_size=16)
     result = {
@@ -92,6 +97,20 @@ def evaluate(
     if labels is not None and clusters is not None:
         result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in result.items()}
+
+
+class _Watch:
+    """Passes batches on, and says what part of ``count`` has been passed."""
+
+    def __init__(self, progress: Callable[[float], None] | None, count: int) -> None:
+        self.progress, self.count, self.done = progress, count, 0
+
+    def __call__(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield batch
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done / self.count)
 
 
 def _clusters(model: VAE, x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ _NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every"
 
 
 class Diverged(RuntimeError):
-    """The loss is no number, or above the limit; the message says where, and where the state to reproduce it is."""
+    """The loss or a gradient is no number, or the loss above the limit; the message says where, and where the state to
+    reproduce it is."""
 
 
 def train(config: TrainConfig, progress: Progress | None = None, restart: bool = False) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     ``accelerate launch`` all processes call this.
 
     Args:
-        progress: called after each step with the number of steps done, that of all, and at times the latest values.
+        progress: called after each step with the number of steps done, that of all, and at times the latest values; and
+            while the trained model is measured, with the part of that which is done as ``measured``.
         restart: forget what is in the run's folder.
 
     Returns:
@@ -127,7 +129,7 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
     steps = config.epochs * batches.steps
     while position.epoch < config.epochs:
         for x in batches.epoch(position.epoch, position.step_in_epoch):
-            values = _step(accelerator, model, optimizer, x.to(accelerator.device), config, position.step)
+            values = _step(accelerator, plain, model, optimizer, x.to(accelerator.device), config, position.step)
             warmup.step()
             annealer.step()
             position.add(values)
@@ -152,6 +154,7 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
         plain, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
         limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
         reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
+        progress=None if progress is None else lambda part: progress(steps, steps, {"measured": part}),
     )  # fmt: skip
     measures["train_loss"] = position.history[-1]["loss"]
     accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)
@@ -164,47 +167,66 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
     return measures
 
 
-def _step(accelerator: Any, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int) -> Tensor:
-    """One step of Adam; (loss, reconstruction, KL) of the batch."""
-    rng = _rng_state(accelerator.device)
+def _step(
+    accelerator: Any, plain: VAE, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int
+) -> Tensor:
+    """One step of Adam; (loss, reconstruction, KL) of the batch. ``model`` is ``plain`` as accelerate wraps it."""
+    before = _before_step(plain, accelerator.device)
     parts = []
     for part in x.chunk(config.accumulation):
         with accelerator.accumulate(model):
             output: VAEOutput = model(part)
             accelerator.backward(output.loss)
             parts.append(torch.stack([output.loss, output.reconstruction.mean(), output.kl.mean()]).detach())
-            if accelerator.sync_gradients and config.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             if accelerator.sync_gradients:
-                _check_loss(accelerator, model, optimizer, x, torch.stack(parts)[:, 0], rng, config, step)
+                _check(accelerator, plain, optimizer, x, torch.stack(parts)[:, 0], before, config, step)
+                if config.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
     return torch.stack(parts).mean(0)
 
 
-def _check_loss(
-    accelerator: Any, model: Any, optimizer: Any, x: Tensor, losses: Tensor, rng: dict[str, Tensor],
+def _before_step(plain: VAE, device: torch.device) -> dict[str, Any]:
+    """What a step changes before its optimiser does: random generators, and buffers such as a moving variance."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    return {"rng": rng, "buffers": {name: buffer.clone() for name, buffer in plain.named_buffers()}}
+
+
+def _check(
+    accelerator: Any, plain: VAE, optimizer: Any, x: Tensor, losses: Tensor, before: dict[str, Any],
     config: TrainConfig, step: int,
 ) -> None:  # fmt: skip
     """Stop before a step that would spoil the weights; all processes agree on it."""
-    bad = (~(losses.abs() <= config.loss_limit)).any()
-    if not bool(accelerator.reduce(bad.float(), "sum") > 0):
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    bad_loss = ~(losses.abs() <= config.loss_limit).all()
+    bad_gradient = ~torch.nn.utils.get_total_norm(gradients.values()).isfinite()
+    if config.precision == "fp16":  # its scaler leaves such a step out, and lowers the scale
+        bad_gradient = torch.zeros_like(bad_gradient)
+    here = torch.stack([bad_loss, bad_gradient]).float()
+    somewhere = accelerator.reduce(here, "sum").tolist()
+    if not any(somewhere):
         return
-    plain = accelerator.unwrap_model(model)
-    norms = {n: p.grad.norm().item() for n, p in plain.named_parameters() if p.grad is not None}
+    cause = 0 if somewhere[0] else 1  # a loss that is no number spoils the gradients of all processes
+    accelerator.unscale_gradients(optimizer)
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
     largest = max(norms, key=lambda n: math.inf if math.isnan(norms[n]) else norms[n])
     target = config.folder / "diverged" / f"process{accelerator.process_index}.pt"
-    if bool(bad):
+    if here[cause]:
+        state_dict = plain.state_dict()
+        state_dict.update({n: buffer for n, buffer in before["buffers"].items() if n in state_dict})
         content = io.BytesIO()
-        saved = {"model": plain.state_dict(), "optimizer": optimizer.state_dict(), "x": x, "rng": rng, "step": step}
+        saved = {"model": state_dict, "optimizer": optimizer.state_dict(), "x": x, "rng": before["rng"], "step": step}
         torch.save({**saved, "config": plain.config.to_dict(), "accumulation": config.accumulation}, content)
         write_atomically(target, content.getvalue())
         where = f"the state before it is in {target} (ilvae_fast.training.reproduce)"
     else:
         where = "another process saved the state before it"
     raise Diverged(
-        f"step {step}: the loss is {losses.max().item():g} nats for a datum (limit {config.loss_limit:g}); the largest "
-        f"gradient is that of {largest}, of norm {norms[largest]:g}; {where}"
+        f"step {step}: {('', 'a gradient is no number, ')[cause]}the loss is {losses.max().item():g} nats for a datum "
+        f"(limit {config.loss_limit:g}); the largest gradient is that of {largest}, of norm {norms[largest]:g}; {where}"
     )
 
 
@@ -223,13 +245,6 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
     model = model.to(device)
     return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from .._files import write_atomically
 from ..vae import CONFIGURATIONS
 from .config import TrainConfig
@@ -47,7 +48,8 @@ def sweep(
             measures = train(run, None if on_run is None else on_run(run))
             single = {k: v for k, v in measures.items() if not isinstance(v, dict | list)}
             rows.append({"model": config.model, "L": constant, "seed": seed, **single})
-            _write(rows, folder)
+            if require("accelerate", "train").PartialState().is_main_process:
+                _write(rows, folder)
     return rows
 
 

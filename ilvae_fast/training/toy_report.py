@@ -15,9 +15,9 @@ from .._extras import require
 from .._files import write_atomically
 
 _TITLES = {
-    ("true", "mixture"): "mixture prior, likelihood of the data's sigma",
-    ("true", "normal"): "normal prior, likelihood of the data's sigma",
-    ("unit", "mixture"): "mixture prior, likelihood of sigma = 1",
+    ("true", "mixture"): r"mixture prior, likelihood of the data's $\sigma$",
+    ("true", "normal"): r"normal prior, likelihood of the data's $\sigma$",
+    ("unit", "mixture"): r"mixture prior, likelihood of $\sigma = 1$",
 }
 
 
@@ -67,59 +67,68 @@ def draw(folder: Path) -> list[Path]:
     plt = require("matplotlib.pyplot", "train")
     rows = read(folder)
     constants = sorted({row["L"] for row in rows}, key=lambda c: -1.0 if c is None else c)
-    blues = plt.get_cmap("viridis")([0.15 + 0.65 * k / max(1, len(constants) - 3) for k in range(len(constants) - 2)])
-    colours = dict(zip(constants, ["#6b7280", "#d97706", *blues], strict=True))
+    greens = plt.get_cmap("viridis")([0.15 + 0.65 * k / max(1, len(constants) - 3) for k in range(len(constants) - 2)])
+    colours = dict(zip(constants, ["#6b7280", "#d97706", *greens], strict=True))
     panels = [key for key in _TITLES if any((row["setting"], row["prior"]) == key for row in rows)]
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    low, high = min(row["sigma"] for row in rows), max(row["sigma"] for row in rows)
 
-    def name(constant: float | None) -> str:
-        return {None: "plain", 0.0: "LID (L = 0)"}.get(constant, f"IL-LID, L = {constant:g}" if constant else "")
-
-    def lines(axis: Any, column: str, key: tuple[str, str], style: str = "-", label: bool = True) -> None:
-        for constant in constants:
+    def lines(axis: Any, column: str, key: tuple[str, str], style: str = "o-", label: bool = True) -> None:
+        for k, constant in enumerate(constants):
             points = curve(rows, column, setting=key[0], prior=key[1], L=constant)
             if points and any(p.mean > 0 for p in points.values()):
+                aside = (k - (len(constants) - 1) / 2) * 0.006 * (high - low)  # so that no error bar hides another
                 axis.errorbar(
-                    list(points), [p.mean for p in points.values()], [p.error for p in points.values()],
-                    fmt=f"o{style}", markersize=3, capsize=2, linewidth=1.2, color=colours[constant],
-                    label=name(constant) if label else None,
+                    [sigma + aside for sigma in points], [p.mean for p in points.values()],
+                    [p.error for p in points.values()], fmt=style, markersize=3, capsize=2, linewidth=1.2,
+                    color=colours[constant], label=_name(constant) if label else None,
                 )  # fmt: skip
 
-    def save(figure: Any, file: str) -> Path:
+    def figure_of(column: str, title: str, **options: Any) -> tuple[Any, Any]:
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(3.4 * len(panels), 3.6), squeeze=False, layout="constrained", **options
+        )
+        for axis, key in zip(axes[0], panels, strict=True):
+            lines(axis, column, key)
+            axis.set_title(_TITLES[key], fontsize=9)
+            axis.set_xlabel(r"$\sigma$ of the data")
+        axes[0, 0].set_ylabel(title)
+        return figure, axes[0]
+
+    def save(figure: Any, file: str, axis: Any = None) -> Path:
+        if axis is not None:
+            (first, *others), (name, *names) = axis.get_legend_handles_labels()  # the plain line comes first there
+            figure.legend([*others, first], [*names, name], loc="outside lower center", ncols=len(constants) + 1)
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
         plt.close(figure)
         write_atomically(folder / file, content.getvalue())
         return folder / file
 
-    written = []
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.4), sharey=True, layout="constrained")
-        for axis, key in zip(axes, panels, strict=True):
-            lines(axis, "accuracy", key)
-            low, high = min(row["sigma"] for row in rows), max(row["sigma"] for row in rows)
-            grid = [low + (high - low) * k / 100 for k in range(101)]
-            axis.plot(
-                grid, [bayes_accuracy(s) for s in grid], color="#dc2626", linestyle=(0, (4, 2)), label="Bayes limit"
-            )
-            axis.set(title=_TITLES[key], xlabel="sigma of the data")
-        axes[0].set_ylabel("accuracy of the posterior")
-        axes[0].legend(fontsize=8)
-        written.append(save(figure, "accuracy.png"))
-
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.6), layout="constrained")
-        for axis, key in zip(axes, panels, strict=True):
-            lines(axis, "fisher", key)
+    with plt.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    ):
+        accuracy, axes = figure_of("accuracy", "accuracy of the posterior", sharey=True)
+        grid = [low + (high - low) * k / 100 for k in range(101)]
+        for axis in axes:
+            axis.plot(grid, [bayes_accuracy(s) for s in grid], color="#dc2626", linestyle="--", label="Bayes limit")
+        divergence, others = figure_of("fisher", "relative Fisher divergence")
+        for axis, key in zip(others, panels, strict=True):
             lines(axis, "fisher_lower_bound", key, ":", label=False)
-            axis.set(title=_TITLES[key], xlabel="sigma of the data", yscale="log")
-        axes[0].set_ylabel("relative Fisher divergence (dotted: bound)")
-        axes[0].legend(fontsize=8)
-        written.append(save(figure, "divergence.png"))
-        written.append(save(_posteriors(plt, folder, constants, name), "posteriors.png"))
-    return written
+            axis.set_yscale("log")
+        others[0].plot([], [], "k:", label="lower bound (0 for L = 0)")
+        posteriors = _posteriors(plt, folder, constants)
+        return [
+            save(accuracy, "accuracy.png", axes[0]),
+            save(divergence, "divergence.png", others[0]),
+            save(posteriors, "posteriors.png"),
+        ]
 
 
-def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None], name: Any) -> Any:
+def _name(constant: float | None) -> str:
+    return {None: "plain", 0.0: "LID (L = 0)"}.get(constant, f"IL-LID, L = {constant:g}" if constant else "")
+
+
+def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None]) -> Any:
     """Means of q(z|x) under the mixture prior, the prior's means with circles of two standard deviations."""
     kept = json.loads((folder / "posteriors.json").read_text())
     shown = {}
@@ -129,14 +138,14 @@ def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None], name:
             shown[float(sigma), float(constant) if constant else None] = content
     sigmas = sorted({sigma for sigma, _ in shown})
     figure, axes = plt.subplots(
-        len(sigmas), len(constants), figsize=(2.3 * len(constants), 2.4 * len(sigmas)), squeeze=False,
-        layout="constrained",
+        len(sigmas), len(constants), figsize=(2.1 * len(constants), 1.65 * len(sigmas)), squeeze=False, sharex=True,
+        sharey=True, layout="compressed",
     )  # fmt: skip
     for line, sigma in zip(axes, sigmas, strict=True):
         for axis, constant in zip(line, constants, strict=True):
             content = shown[sigma, constant]
             colours = ["#1e3a8a" if label else "#d97706" for label in content["labels"]]
-            axis.scatter(*zip(*content["means"], strict=True), s=4, c=colours, alpha=0.6)
+            axis.scatter(*zip(*content["means"], strict=True), s=4, c=colours, alpha=0.6, linewidths=0)
             for mean, deviation in zip(content["components"], content["deviations"], strict=True):
                 axis.plot(*mean, "k+", markersize=8)
                 angles = [2 * math.pi * k / 90 for k in range(91)]
@@ -144,6 +153,9 @@ def _posteriors(plt: Any, folder: Path, constants: Sequence[float | None], name:
                     [mean[i] + 2 * deviation[i] * f(a) for a in angles] for i, f in enumerate((math.cos, math.sin))
                 ]
                 axis.plot(*circle, color="#9ca3af", linewidth=0.8)
-            axis.set_aspect("equal", adjustable="datalim")
-            axis.set_title(f"{name(constant)}, sigma = {sigma:g}", fontsize=8)
+            axis.set_aspect("equal")
+            axis.xaxis.set_major_locator(plt.MultipleLocator(2))
+        line[0].set_ylabel(rf"$\sigma = {sigma:g}$")
+    for axis, constant in zip(axes[0], constants, strict=True):
+        axis.set_title(_name(constant), fontsize=9)
     return figure

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import unknown_name
+from .._options import check_names, check_number
 from ..decoder import EMBEDDINGS
 from ..functional import check_inverse_lipschitz
 from ..layers import check_positive
@@ -83,8 +84,8 @@ class VAEConfig:
             ``"categorical"``.
         likelihood_options: options of the likelihood, such as ``{"scale": 0.5}``.
         kl_weight: factor of the KL term, >= 0; 1 is the ELBO, another one beta-VAE (Higgins et al., ICLR 2017).
-        free_bits: nats of KL in each latent coordinate, averaged over the batch, that cost as much as fewer would
-            (Kingma et al., NeurIPS 2016); 0 is the ELBO.
+        free_bits: nats of KL in each latent coordinate, averaged over the batch (of one process), that cost as much as
+            fewer would (Kingma et al., NeurIPS 2016); 0 is the ELBO.
 
     Raises:
         ValueError, TypeError: naming the field; for an unknown name with the nearest one.
@@ -146,11 +147,7 @@ class VAEConfig:
             if not isinstance(getattr(self, argument), Mapping):
                 raise TypeError(f"{argument}: got {getattr(self, argument)!r}, wanted a mapping of names to values")
         for argument in ("kl_weight", "free_bits"):
-            value = getattr(self, argument)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{argument}: got {type(value).__name__}, wanted a number >= 0")
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{argument}: got {value!r}, wanted a finite number >= 0")
+            check_number(argument, getattr(self, argument))
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> VAEConfig:
@@ -170,10 +167,7 @@ class VAEConfig:
         Raises:
             ValueError: unknown name of a field, with the nearest one.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise unknown_name("field", name, known)
+        check_names("field", fields, [f.name for f in dataclasses.fields(cls)])
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:

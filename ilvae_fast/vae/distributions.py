@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._options import check_number
 from ..layers import check_positive
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -148,8 +149,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int, minimum_rate: float = 0.0) -> None:
         super().__init__(latent_dim)
-        if not (math.isfinite(minimum_rate) and minimum_rate >= 0):
-            raise ValueError(f"minimum_rate: got {minimum_rate!r}, wanted a finite number >= 0")
+        check_number("minimum_rate", minimum_rate)
         self.num_posterior_parameters = 2 * latent_dim
         self.minimum_rate = float(minimum_rate)
         self._ceiling = _log_variance_of_rate(self.minimum_rate / latent_dim)
@@ -213,8 +213,7 @@ class GaussianMixture(Prior):
     ) -> None:
         super().__init__(latent_dim)
         self.num_components = check_positive("num_components", num_components)
-        if not (math.isfinite(spread) and spread >= 0):
-            raise ValueError(f"spread: got {spread!r}, wanted a finite number >= 0")
+        check_number("spread", spread)
         self.num_posterior_parameters = num_components * (1 + 2 * latent_dim)
         self.means = nn.Parameter(spread * torch.randn(num_components, latent_dim))
         log_variances = torch.zeros(num_components, latent_dim)

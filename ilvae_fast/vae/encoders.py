@@ -68,6 +68,17 @@ class ConvolutionalEncoder(nn.Module):
         return self.head(self.stages(x.reshape(-1, *self.data_shape))).reshape(*x.shape[:-1], -1)
 
 
+def run_lstm(
+    lstm: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """``lstm(x, state)``; on a CPU outside autocast, for there not every processor has one in bfloat16."""
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return lstm(x, state)
+    dtype: torch.dtype = next(lstm.parameters()).dtype
+    with torch.autocast("cpu", enabled=False):
+        return lstm(x.to(dtype), None if state is None else (state[0].to(dtype), state[1].to(dtype)))
+
+
 class LSTMEncoder(nn.Module):
     """The last hidden state of a one-layer LSTM over tokens (..., T) in 0 .. num_categories - 1; -1: no token.
 
@@ -86,7 +97,7 @@ class LSTMEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        states, _ = self.lstm(self.embedding(flat.clamp(min=0)))
+        states, _ = run_lstm(self.lstm, self.embedding(flat.clamp(min=0)))
         last = (flat >= 0).sum(-1).sub(1).clamp(min=0)
         return self.head(states[torch.arange(len(flat), device=x.device), last]).reshape(*x.shape[:-1], -1)
 

@@ -12,9 +12,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from .._errors import unknown_name
+from .._options import check_number
 from ..layers import check_positive
 
 
@@ -128,6 +130,7 @@ class Gaussian(Likelihood):
         variance: ``"fixed"``; ``"trained"``, a parameter; or ``"optimal"``: the mean squared error of reconstruction,
             where the likelihood is largest (sigma-VAE; Rybkin, Daniilidis & Levine, ICML 2021), followed as a moving
             average over training steps. At the optimum the loss has no slope along sigma, so it needs no gradient.
+            In a distributed run it is that of all processes' data: all of them have to take part in a training step.
 
     State: log_scale (1,) unless fixed, a parameter if trained.
 
@@ -142,10 +145,7 @@ class Gaussian(Likelihood):
 
     def __init__(self, scale: float = 1.0, variance: str = "fixed") -> None:
         super().__init__()
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale: got {type(scale).__name__} {scale!r}, wanted a number > 0")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale: got {scale!r}, wanted a finite number > 0")
+        check_number("scale", scale, above=True)
         if variance not in VARIANCES:
             raise unknown_name("variance", variance, VARIANCES)
         self.variance, self._fixed = variance, float(scale)
@@ -168,8 +168,12 @@ class Gaussian(Likelihood):
         square = (x - f).square().mean(-1)
         if weights is not None:
             square = (weights * square).sum(0)
+        mean = square.mean().to(self.log_scale.dtype)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
         rate = torch.where(self.steps == 0, 1.0, self._MOMENTUM).to(self.log_scale.dtype)
-        variance = torch.lerp((2 * self.log_scale).exp(), square.mean().to(self.log_scale.dtype), rate)
+        variance = torch.lerp((2 * self.log_scale).exp(), mean, rate)
         self.log_scale.copy_(0.5 * variance.log())
         self.steps.add_(1)
 

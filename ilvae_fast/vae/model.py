@@ -112,7 +112,9 @@ class VAE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.config.data_dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (..., {self.config.data_dim})")
         encoded = self.encoder(x)
-        return self.prior.posterior(_wide(encoded)) if isinstance(encoded, Tensor) else encoded
+        return (
+            self.prior.posterior(_wide(encoded)) if isinstance(encoded, Tensor) else encoded._make(map(_wide, encoded))
+        )
 
     def generative(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., P).
@@ -139,7 +141,9 @@ class VAE(nn.Module):
         if self.config.free_bits == 0:
             loss = (reconstruction + self.kl_weight * kl).mean()
         else:
-            charged = kl_per_dimension.flatten(0, -2).mean(0).clamp(min=self.config.free_bits).sum()
+            charged = (
+                kl_per_dimension.reshape(-1, self.config.latent_dim).mean(0).clamp(min=self.config.free_bits).sum()
+            )
             if assignment is not None:
                 charged = charged + assignment.mean()
             loss = reconstruction.mean() + self.kl_weight.squeeze(0) * charged

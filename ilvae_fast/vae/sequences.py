@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import stacked_tangents
+from .encoders import run_lstm
 
 
 class AutoregressiveDecoder(nn.Module):
@@ -55,7 +56,7 @@ class AutoregressiveDecoder(nn.Module):
         read = torch.cat([inputs.expand(*shape, *inputs.shape[-2:]), z], -1)
         read = read.reshape(-1, length, read.shape[-1])
         h, c = self._initial_state(z[..., 0, :].reshape(-1, z.shape[-1]))
-        states, _ = self.lstm(read, (h.unsqueeze(0), c.unsqueeze(0)))
+        states, _ = run_lstm(self.lstm, read, (h.unsqueeze(0), c.unsqueeze(0)))
         return torch.cat([states.reshape(*shape, length, -1), z], -1)
 
     def _plain_states(self, z: Tensor, inputs: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ class AutoregressiveDecoder(nn.Module):
         token = torch.full((len(flat),), self.num_categories, device=z.device)
         tokens = []
         for _ in range(length):
-            output, state = self.lstm(torch.cat([self.embedding(token), flat], -1).unsqueeze(1), state)
+            read = torch.cat([self.embedding(token), flat], -1).unsqueeze(1)
+            output, state = run_lstm(self.lstm, read, state)
             logits = self.head(torch.cat([output.squeeze(1), flat], -1))
             if noise:
                 token = torch.multinomial(logits.float().softmax(-1), 1, generator=generator).squeeze(-1)
