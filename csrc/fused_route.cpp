@@ -21,9 +21,9 @@ class Operands {
  public:
   // `embedded_weight`: A B as saved, or undefined
   Operands(const Problem& p, Tensor embedded_weight)
-      : x_(p.x.to(p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
+      : x_(in_dtype(p.x, p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
     if (p.embedding.defined()) {
-      embedding_ = p.embedding.to(p.real).contiguous();
+      embedding_ = in_dtype(p.embedding, p.real).contiguous();
       embedded_weight_ = embedded_weight.defined() ? embedded_weight : at::mm(skip_weight_, embedding_);
     }
     for (const auto& w : p.weights) {
@@ -69,11 +69,11 @@ Values potential_and_map_of(const Problem& p, bool want_potential, bool want_map
   cpu::MapArguments<T> c;
   c.rows = p.rows;
   c.x = pointer<T>(operands.x());
-  if (want_potential) values.potential = at::empty({p.rows}, p.options(p.real));
-  if (want_map) values.map = at::empty({p.rows, p.width}, p.options(p.real));
+  if (want_potential) values.potential = allocate(p.x, {p.rows}, p.real);
+  if (want_map) values.map = allocate(p.x, {p.rows, p.width}, p.real);
   if (save) {
-    const auto panels = [&](int64_t units) { return at::empty({cpu::padded_rows(p.rows), units}, p.options(p.real)); };
-    const auto none = [&] { return at::empty({0}, p.options(p.real)); };
+    const auto panels = [&](int64_t units) { return allocate(p.x, {cpu::padded_rows(p.rows), units}, p.real); };
+    const auto none = [&] { return allocate(p.x, {0}, p.real); };
     values.saved = {panels(p.units + 1), want_map ? panels(p.units - p.widths.back()) : none(),
                     p.embedding.defined() ? operands.embedded_weight() : none()};
     c.preactivations = pointer<T>(values.saved[0]);
@@ -89,13 +89,13 @@ template <class T>
 std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, const Tensor& u_any, at::TensorList saved,
                                       const std::vector<bool>& wanted) {
   const bool tangent = v_any.defined(), dense = p.embedding.defined();
-  const auto v = tangent ? v_any.to(p.real).contiguous() : Tensor();
-  const auto u = u_any.defined() ? u_any.to(p.real).contiguous() : Tensor();
+  const auto v = tangent ? in_dtype(v_any, p.real).contiguous() : Tensor();
+  const auto u = u_any.defined() ? in_dtype(u_any, p.real).contiguous() : Tensor();
   const Operands<T> operands(p, saved.empty() || !dense ? Tensor() : saved[2]);
   std::vector<Tensor> result(wanted.size());
   const auto make = [&](size_t i, at::IntArrayRef sizes) {
     // kernels write every element, unless there is no row to sum over
-    result[i] = p.rows ? at::empty(sizes, p.options(p.real)) : at::zeros(sizes, p.options(p.real));
+    result[i] = p.rows ? allocate(p.x, sizes, p.real) : at::zeros(sizes, p.options(p.real));
     return pointer<T>(result[i]);
   };
 
@@ -154,8 +154,8 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, con
 template <class T>
 std::pair<Tensor, Tensor> map_jvp_of(const Problem& p, const Tensor& tangent_any) {
   const Operands<T> operands(p, {});
-  const auto tangent = tangent_any.to(p.real).contiguous();
-  const auto map = at::empty({p.rows, p.width}, p.options(p.real)), map_tangent = at::empty_like(map);
+  const auto tangent = in_dtype(tangent_any, p.real).contiguous();
+  const auto map = allocate(p.x, {p.rows, p.width}, p.real), map_tangent = at::empty_like(map);
   cpu::JvpArguments<T> c;
   c.rows = p.rows;
   c.x = pointer<T>(operands.x());

@@ -88,6 +88,7 @@ void check_cotangents(const Arguments& c, const OptionalTensor& map_cotangent,
 
 Tensor flat(const OptionalTensor& t, const Arguments& c, int64_t columns) {
   if (!t) return {};
+  if (c.x.dim() == 2) return *t;
   const int64_t rows = c10::multiply_integers(c.x.sizes().slice(0, c.x.dim() - 1));
   return columns > 0 ? t->reshape({rows, columns}) : t->reshape({rows});
 }
@@ -152,9 +153,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     if (few_rows(x.numel() / x.size(-1), parameters)) taken = Route::matmul;
   }
   auto values = run_potential_and_map(c, taken, want_potential, want_map, save);
-  const auto none = [&] { return at::empty({0}, x.options().dtype(c.output_dtype())); };
-  return {want_potential ? values.potential.view(leading(x)) : none(),
-          want_map ? values.map.view(with_last(leading(x), c.width())) : none(), std::move(values.saved)};
+  const auto none = [&] { return allocate(x, {0}, c.output_dtype()); };
+  const auto shaped = [&](const Tensor& t, const std::vector<int64_t>& sizes) {
+    return t.sizes() == at::IntArrayRef(sizes) ? t : t.view(sizes);
+  };
+  return {want_potential ? shaped(values.potential, leading(x)) : none(),
+          want_map ? shaped(values.map, with_last(leading(x), c.width())) : none(), std::move(values.saved)};
 }
 
 std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
@@ -174,9 +178,9 @@ std::vector<Tensor> training_terms_cpu(const Tensor& x, const Tensor& skip_weigh
   for (size_t i = 0; i < flags.size(); ++i) {
     auto& gradient = gradients[i];
     if (!flags[i]) {
-      gradient = at::empty({0}, x.options().dtype(c.output_dtype()));
+      gradient = allocate(x, {0}, c.output_dtype());
     } else {
-      gradient = gradient.to(like(c, i).scalar_type());
+      gradient = in_dtype(gradient, like(c, i).scalar_type());
       if (gradient.sizes() != like(c, i).sizes()) gradient = gradient.view(like(c, i).sizes());
     }
   }

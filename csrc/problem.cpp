@@ -144,16 +144,16 @@ Problem::Problem(const Arguments& c)
       input(c.x.size(-1)),
       width(c.width()),
       units(0),
-      bias(c.bias.to(real).contiguous()),
-      output_weight(c.weights.back().to(real).contiguous()),
-      inverse_lipschitz(c.inverse_lipschitz.to(real)),
+      bias(in_dtype(c.bias, real).contiguous()),
+      output_weight(in_dtype(c.weights.back(), real).contiguous()),
+      inverse_lipschitz(in_dtype(c.inverse_lipschitz, real)),
       embedding(c.embedding) {
   rows = 1;
   for (int64_t i = 0; i + 1 < c.x.dim(); ++i) rows *= c.x.size(i);
   x = c.x.dim() == 2 ? c.x : c.x.reshape({rows, input});
-  skip_weight = c.skip_weight.to(operand);
+  skip_weight = in_dtype(c.skip_weight, operand);
   for (const auto& w : c.weights) {
-    weights.push_back(w.to(operand));
+    weights.push_back(in_dtype(w, operand));
     widths.push_back(w.size(1));
     offsets.push_back(units);
     units += w.size(1);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <optional>
 #include <vector>
@@ -38,6 +39,16 @@ struct Arguments {
 // Which route a call takes, and whether its backward pass recomputes.
 Choice choice_of(const at::Tensor& x, const at::Tensor& skip_weight, at::TensorList weights, bool dense,
                  at::ScalarType operand, int64_t route, std::optional<bool> recompute);
+
+// As Tensor::to and at::empty, but past the dispatcher where it has nothing to decide: with small networks its calls,
+// not the arithmetic, are the time.
+inline at::Tensor in_dtype(const at::Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+inline at::Tensor allocate(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return like.is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, dtype))
+                       : at::empty(sizes, like.options().dtype(dtype));
+}
 
 // The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
 struct Problem {
