@@ -23,8 +23,9 @@ def interleaved_medians(
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of each step and the spread (half the distance of the quartiles).
 
-    Steps take turns. A turn repeats its step for some milliseconds and counts as one time, their mean: a step finds the
-    caches as its own predecessor left them, as in training, not as another peer did.
+    Steps take turns. A turn repeats its step for some milliseconds and counts as one time, their mean. As long again
+    before that the step runs untimed: it is to find caches and threads as its own predecessor left them, as in
+    training, not as another peer did, whose threads go on spinning for a while.
     """
     repeats = {}
     for name, step in steps.items():
@@ -39,6 +40,10 @@ def interleaved_medians(
     end = time.perf_counter() + seconds * len(steps)
     while time.perf_counter() < end or len(times[next(iter(times))]) < 10:
         for name, step in steps.items():
+            untimed = time.perf_counter() + TURN_SECONDS
+            while time.perf_counter() < untimed:
+                step()
+                synchronise(device)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 step()
