@@ -144,7 +144,8 @@ def plan(
     if cuda:
         properties: Any = torch.cuda.get_device_properties(device) if torch.cuda.is_available() else None
         shared = properties.shared_memory_per_block_optin if properties else 232448
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # not allow_tf32: it raises where the setting was made by its newer name
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     sizes = (batch, m, in_features, list(hidden_features), dense, real, dtype.itemsize)
     p = _C.plan(*sizes, code, recompute, shared, tf32)
     if route not in ("auto", p.route):

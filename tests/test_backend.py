@@ -207,16 +207,20 @@ def test_plans_for_a_gpu():
     assert low.saved_bytes == 2 * 510 * (568 + 304)
 
 
-def test_plans_for_a_gpu_with_single_tf32_products():
-    if not il.build_info()["cuda"]:
-        pytest.skip("needs a build with CUDA")
-    shape = (510, 256, (256, 256))
-    assert il.plan(*shape, device="cuda").route == "fused"
-    torch.backends.cuda.matmul.allow_tf32 = True
+@pytest.mark.parametrize(
+    ("name", "value", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "none")], ids=str
+)
+def test_plans_for_a_gpu_with_single_tf32_products(name, value, off):
+    shape, matmul = (510, 256, (256, 256)), torch.backends.cuda.matmul
+    before = il.plan(*shape, device="cuda")
+    setattr(matmul, name, value)
     try:
         plan, forced = il.plan(*shape, device="cuda"), il.plan(*shape, device="cuda", route="fused")
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        setattr(matmul, name, off)
+    if not il.build_info()["cuda"]:
+        pytest.skip("needs a build with CUDA")
+    assert before.route == "fused"
     assert plan.route == "matmul"
     assert "predicted" in plan.reason
     assert forced.route == "fused"

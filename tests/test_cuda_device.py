@@ -186,3 +186,19 @@ def test_autocast(dtype, hidden):
     assert layer.skip_weight.grad is not None
     assert layer.skip_weight.grad.dtype == torch.float32
     torch.testing.assert_close(low.float(), layer(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["2, 32x2", "64, 256x3"])
+def test_tf32_by_either_name(name):
+    tensors, matmul = _on_device(NETWORKS[name].tensors(torch.float32)), torch.backends.cuda.matmul
+    matmul.allow_tf32 = True
+    try:
+        expected = tensors.gradients(functional, True, True)
+    finally:
+        matmul.allow_tf32 = False
+    matmul.fp32_precision = "tf32"  # the newer name; the older one then raises
+    try:
+        for key, value in tensors.gradients(functional, True, True).items():
+            assert torch.equal(value, expected[key]), key
+    finally:
+        matmul.fp32_precision = "none"

@@ -18,7 +18,9 @@ using at::Tensor;
 Operands operands_of(at::ScalarType dtype) {
   if (dtype == at::kBFloat16) return Operands::bfloat16;
   if (dtype == at::kHalf) return Operands::float16;
-  return at::globalContext().allowTF32CuBLAS() ? Operands::tf32 : Operands::tf32x3;
+  // not allowTF32CuBLAS(): it raises where the setting was made by its newer name, fp32_precision
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32 ? Operands::tf32 : Operands::tf32x3;
 }
 
 Limits limits(at::Device device) {
@@ -26,9 +28,6 @@ Limits limits(at::Device device) {
   check(limits_of_device(std::max<int>(device.index(), 0), limits), 0, 0);
   return limits;
 }
-
-// Rows as the kernels read them: contiguous columns, any distance between rows.
-Tensor readable(const Tensor& t) { return !t.defined() || t.dim() == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
 
 Array array(const Tensor& t) {
   if (!t.defined()) return {};
@@ -42,7 +41,7 @@ Array from_row(Array a, int64_t start) {
   return a;
 }
 
-// The call for the kernels, and the tensors that it points to. Parameters are read in their own dtype: kernels convert.
+// The call for the kernels, and the tensors that it points to. Kernels convert what they read, but see keep().
 class Prepared {
  public:
   explicit Prepared(const Arguments& c)
@@ -71,8 +70,13 @@ class Prepared {
 
   FusedCall call;
 
-  // Tensors stay alive as long as this.
-  const Tensor& keep(const Tensor& t) { return kept_.emplace_back(readable(t)); }
+  // A tensor as the kernels read it, alive as long as this. Vectors: as they are. Matrices: contiguous columns, any
+  // distance between rows, in float32 or 16 bits; with 32-bit operands in float32 alone, for want of packing.
+  const Tensor& keep(const Tensor& t) {
+    if (t.dim() == 1) return kept_.emplace_back(t);
+    const auto rows = wide(kind_) || t.scalar_type() == at::kDouble ? t.to(at::kFloat) : t;
+    return kept_.emplace_back(rows.stride(1) == 1 ? rows : rows.contiguous());
+  }
 
   // Chooses the shape that is compiled for the call.
   void choose(bool training) {
@@ -233,8 +237,7 @@ std::vector<Tensor> fused_training_terms(const Arguments& c, const Tensor& v, co
   for (size_t k = 0; k < c.weights.size(); ++k) make(grad_weights + k, c.weights[k]);
   if (call.rows == 0) return result;
 
-  // kernels read rows in float32 or 16 bits
-  if (v.defined()) call.v = array(fused.keep(v.scalar_type() == at::kDouble ? v.to(at::kFloat) : v));
+  if (v.defined()) call.v = array(fused.keep(v));
   if (u.defined()) call.u = array(fused.keep(u));
   if (wanted[grad_x]) {
     call.grad_x = result[grad_x].data_ptr();
