@@ -2,7 +2,7 @@
 
 Every peer's results are checked against float64 before it is timed. Steps take turns, times are medians; ratios count,
 absolute times are for reading. Written to benchmarks/results/, named after device, instruction set of the CPU, dtype if
-another than float32, and suite: ratios depend on all of them, and --check compares with the committed file of that name.
+another than float32, and suite: ratios depend on them all, and --check compares with the committed file of that name.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ def draw(result: dict[str, Any]) -> None:
         for label in STEPS:
             axes.plot(curve["at"], curve[label], marker="o", label=label)
         axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set_xticks(curve["at"], [str(x) for x in curve["at"]])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("milliseconds, map and all gradients")
     grid[0].legend(fontsize=8)
