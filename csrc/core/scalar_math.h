@@ -34,12 +34,14 @@ ILVAE_HD Exponential<float> split_exponential(float x) {
   const float shifted = x * 1.44269504088896341f + shifter;
   const float n = shifted - shifter;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  // Cephes expf, in pairs (Estrin): half the latency of one chain
-  const float r2 = r * r, q01 = 1.6666665459e-1f * r + 5.0000001201e-1f, q23 = 8.3334519073e-3f * r + 4.1665795894e-2f,
-              q45 = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  const float q = (q45 * r2 + q23) * r2 + q01;
+  float q = 1.9875691500e-4f;  // Cephes expf
+  q = q * r + 1.3981999507e-3f;
+  q = q * r + 8.3334519073e-3f;
+  q = q * r + 4.1665795894e-2f;
+  q = q * r + 1.6666665459e-1f;
+  q = q * r + 5.0000001201e-1f;
   const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u;
-  return {__builtin_bit_cast(float, bits), q * r2 + r};
+  return {__builtin_bit_cast(float, bits), q * (r * r) + r};
 }
 
 template <>
@@ -90,12 +92,17 @@ template <class T>
 ILVAE_HD T log1p_unit(T e);
 
 template <>
-ILVAE_HD float log1p_unit(float e) {  // minimax of log1p(e) / e, relative error 4.7e-9; in pairs (Estrin)
-  const float e2 = e * e, e4 = e2 * e2;
-  const float q01 = -0.499999024201f * e + 0.999999995287f, q23 = -0.249541330169f * e + 0.333299623477f,
-              q45 = -0.153055845131f * e + 0.196759362536f, q67 = -0.0569594132536f * e + 0.106036420166f,
-              q89 = -0.00324401191252f * e + 0.0198514004944f;
-  const float q = (q89 * e4 + (q67 * e2 + q45)) * e4 + (q23 * e2 + q01);
+ILVAE_HD float log1p_unit(float e) {  // minimax of log1p(e) / e, relative error 4.7e-9
+  float q = -0.00324401191252f;
+  q = q * e + 0.0198514004944f;
+  q = q * e - 0.0569594132536f;
+  q = q * e + 0.106036420166f;
+  q = q * e - 0.153055845131f;
+  q = q * e + 0.196759362536f;
+  q = q * e - 0.249541330169f;
+  q = q * e + 0.333299623477f;
+  q = q * e - 0.499999024201f;
+  q = q * e + 0.999999995287f;
   return e * q;
 }
 
