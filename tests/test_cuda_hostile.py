@@ -35,7 +35,7 @@ def networks(draw):
     activations = [draw(st.sampled_from(first)), *(draw(st.sampled_from(later)) for _ in range(depth))]
     problem = Problem.random(
         DTYPES[kind],
-        # single rows are among the fixed shapes of the other files: on few rows eager's error is a matter of luck
+        # a single row is among the shapes of test_cuda_fused.py: on few rows eager's error is a matter of luck
         draw(st.integers(33, 140)),
         width,
         hidden,
