@@ -25,9 +25,9 @@ struct Activation {
 };
 
 // s(a), s'(a), s''(a). What a caller does not read the compiler does not compute.
-template <class T>
+template <class V>
 struct Derivatives {
-  T value, first, second;
+  V value, first, second;
 };
 
 // The parameter of an activation as the functions use it; device code gets it ready-made.
@@ -38,6 +38,7 @@ struct Parameter {
   ILVAE_HD Parameter(double parameter) : value(T(parameter)), inverse(T(1 / parameter)) {}
 };
 
+// A Function takes V: T, or several of them at once (scalar_math.h).
 template <ActivationKind kind, class T>
 struct Function;
 
@@ -45,11 +46,12 @@ template <class T>
 struct Function<ActivationKind::softplus, T> {
   T beta, inverse;
   ILVAE_HD explicit Function(Parameter<T> p) : beta(p.value), inverse(p.inverse) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const {
-    const T t = beta * a;
-    const T e = exp_nonpositive(t < 0 ? t : -t);
-    const T r = T(1) / (T(1) + e);
-    return {(a > 0 ? a : T(0)) + log1p_unit(e) * inverse, (t < 0 ? e : T(1)) * r, beta * e * r * r};
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    const V t = beta * a;
+    const V e = exp_nonpositive(-magnitude(t));
+    const V r = V(1) / (V(1) + e);
+    return {select(a > 0, a, V(0)) + log1p_unit(e) * inverse, select(t < 0, e, V(1)) * r, beta * e * r * r};
   }
 };
 
@@ -57,26 +59,31 @@ template <class T>
 struct Function<ActivationKind::leaky_relu, T> {
   T slope;
   ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const {
-    const T first = a > 0 ? T(1) : slope;
-    return {first * a, first, T(0)};
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    const V first = select(a > 0, V(1), V(slope));
+    return {first * a, first, V(0)};
   }
 };
 
 template <class T>
 struct Function<ActivationKind::relu, T> {
   ILVAE_HD explicit Function(Parameter<T>) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const { return {a <= 0 ? T(0) : a, a > 0 ? T(1) : T(0), T(0)}; }
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    return {select(a <= 0, V(0), a), select(a > 0, V(1), V(0)), V(0)};
+  }
 };
 
 template <class T>
 struct Function<ActivationKind::celu, T> {
   T alpha, inverse;
   ILVAE_HD explicit Function(Parameter<T> p) : alpha(p.value), inverse(p.inverse) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const {
-    const T t = a > 0 ? T(0) : a * inverse;
-    const T e = exp_nonpositive(t);
-    return {a > 0 ? a : alpha * expm1_nonpositive(t), a > 0 ? T(1) : e, a < 0 ? e * inverse : T(0)};
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    const V t = select(a > 0, V(0), a * inverse);
+    const V e = exp_nonpositive(t);
+    return {select(a > 0, a, alpha * expm1_nonpositive(t)), select(a > 0, V(1), e), select(a < 0, e * inverse, V(0))};
   }
 };
 
@@ -84,7 +91,8 @@ template <class T>
 struct Function<ActivationKind::smooth_leaky_relu, T> {
   T slope;
   ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const {
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
     const auto soft = Function<ActivationKind::softplus, T>(1.0)(a);
     const T rest = T(1) - slope;
     return {slope * a + rest * soft.value, slope + rest * soft.first, rest * soft.second};
@@ -94,15 +102,19 @@ struct Function<ActivationKind::smooth_leaky_relu, T> {
 template <class T>
 struct Function<ActivationKind::identity, T> {
   ILVAE_HD explicit Function(Parameter<T>) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const { return {a, T(1), T(0)}; }
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    return {a, V(1), V(0)};
+  }
 };
 
 template <class T>
 struct Function<ActivationKind::squared_leaky_relu, T> {
   T slope;
   ILVAE_HD explicit Function(Parameter<T> p) : slope(p.value) {}
-  ILVAE_HD Derivatives<T> operator()(T a) const {
-    const T c = a > 0 ? T(1) : slope, l = c * a;
+  template <class V>
+  ILVAE_HD Derivatives<V> operator()(V a) const {
+    const V c = select(a > 0, V(1), V(slope)), l = c * a;
     return {l * l, T(2) * l * c, T(2) * c * c};
   }
 };

@@ -163,18 +163,14 @@ static void map_tile(const Network<T>& net, const MapArguments<T>& c, const Tile
     const bool need_h = l < last || need_o;
     for_activation<T>(layer.activation, [&](const auto& s) {
       if (!c.map) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) h[i] = s(a[i]).value;
+        activate(s, a, n, [&](int64_t i, const auto& at) { at.value.store(h + i); });
       } else if (!need_h) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) slope[i] = s(a[i]).first;
+        activate(s, a, n, [&](int64_t i, const auto& at) { at.first.store(slope + i); });
       } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const auto [value, first, second] = s(a[i]);
-          h[i] = value;
-          slope[i] = first;
-        }
+        activate(s, a, n, [&](int64_t i, const auto& at) {
+          at.value.store(h + i);
+          at.first.store(slope + i);
+        });
       }
     });
     T* const swap = below;
@@ -189,12 +185,10 @@ static void map_tile(const Network<T>& net, const MapArguments<T>& c, const Tile
       for (int64_t r = 0; r < lanes; ++r) saved[net.units * lanes + r] = o[r];
     }
     for_activation<T>(net.output_activation, [&](const auto& s) {
-#pragma omp simd
-      for (int64_t r = 0; r < lanes; ++r) {
-        const auto [value, first, second] = s(o[r]);
-        o[r] = value;
-        d_out[r] = first;
-      }
+      activate(s, o, lanes, [&](int64_t r, const auto& at) {
+        at.value.store(o + r);
+        at.first.store(d_out + r);
+      });
     });
   } else {
     for (int64_t r = 0; r < lanes; ++r) d_out[r] = T(1);
@@ -277,42 +271,29 @@ static void sweep(const Network<T>& net, SecondOrder<T> p, const T* skip, int64_
     const bool need_h = kept_h || (!saved && (l < last || !linear_output));
     const bool need_h_tangent = kept_h || l < last || !linear_output;
     for_activation<T>(layer.activation, [&](const auto& s) {
+      const auto plain = [&](auto with_h) {
+        activate(s, a, n, [&](int64_t i, const auto& at) {
+          if constexpr (with_h) at.value.store(h + i);
+          at.first.store(slope + i);
+        });
+      };
+      const auto tangents = [&](auto with_h, auto with_h_tangent) {
+        activate(s, a, n, [&]<class V>(int64_t i, const Derivatives<V>& at) {
+          const V a_tangent = V::load(h_tangent + i);
+          (at.second * a_tangent).store(bend + i);
+          at.first.store(slope + i);
+          if constexpr (with_h_tangent) (at.first * a_tangent).store(h_tangent + i);
+          if constexpr (with_h) at.value.store(h + i);
+        });
+      };
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
       if (!tangent) {
-        if (need_h) {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) {
-            const auto [value, first, second] = s(a[i]);
-            h[i] = value;
-            slope[i] = first;
-          }
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) slope[i] = s(a[i]).first;
-        }
+        need_h ? plain(yes) : plain(no);
       } else if (need_h) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const auto [value, first, second] = s(a[i]);
-          bend[i] = second * h_tangent[i];
-          h_tangent[i] *= first;
-          slope[i] = first;
-          h[i] = value;
-        }
-      } else if (need_h_tangent) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const auto [value, first, second] = s(a[i]);
-          bend[i] = second * h_tangent[i];
-          h_tangent[i] *= first;
-          slope[i] = first;
-        }
+        tangents(yes, yes);
       } else {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const auto [value, first, second] = s(a[i]);
-          bend[i] = second * h_tangent[i];
-          slope[i] = first;
-        }
+        need_h_tangent ? tangents(no, yes) : tangents(no, no);
       }
     });
     if (kept_h && l < last) {
@@ -347,11 +328,10 @@ static void sweep(const Network<T>& net, SecondOrder<T> p, const T* skip, int64_
       for (int64_t r = 0; r < lanes; ++r) o_tangent[r] = T(0);
     }
     for_activation<T>(net.output_activation, [&](const auto& s) {
-      for (int64_t r = 0; r < lanes; ++r) {
-        const auto [value, first, second] = s(o[r]);
-        d_out[r] = first;
-        d_out_tangent[r] = second * o_tangent[r] + u[r] * first;
-      }
+      activate(s, o, lanes, [&]<class V>(int64_t r, const Derivatives<V>& at) {
+        at.first.store(d_out + r);
+        (at.second * V::load(o_tangent + r) + V::load(u + r) * at.first).store(d_out_tangent + r);
+      });
     });
   }
 

@@ -2,7 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <utility>
+
+#include "core/activations.h"
 
 namespace ilvae::cpu::ILVAE_ISA {
 
@@ -50,6 +54,92 @@ ILVAE_INLINE Vector<T> load(const T* p) {
 template <class T>
 ILVAE_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Several vectors as one number to compute with. An activation is a chain of some thirty dependent instructions: the
+// chains of different vectors, instruction by instruction in turns, fill the time that one chain waits for itself.
+template <class T, int vectors>
+struct Wide {
+  using Index = typename VectorTypes<T>::index;
+  struct Mask {
+    Index part[vectors];
+  };
+  Vector<T> part[vectors];
+
+  Wide() = default;
+  ILVAE_HD Wide(T value) : Wide([&](int) { return value - Vector<T>{}; }) {}
+  ILVAE_HD static Wide load(const T* p) {
+    return Wide([&](int i) { return ILVAE_ISA::load(p + i * lanes_of<T>); });
+  }
+  ILVAE_HD void store(T* p) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) ILVAE_ISA::store(p + i * lanes_of<T>, part[i]);
+  }
+
+  ILVAE_HD friend Wide operator+(Wide a, Wide b) {
+    return Wide([&](int i) { return a.part[i] + b.part[i]; });
+  }
+  ILVAE_HD friend Wide operator-(Wide a, Wide b) {
+    return Wide([&](int i) { return a.part[i] - b.part[i]; });
+  }
+  ILVAE_HD friend Wide operator*(Wide a, Wide b) {
+    return Wide([&](int i) { return a.part[i] * b.part[i]; });
+  }
+  ILVAE_HD friend Wide operator/(Wide a, Wide b) {
+    return Wide([&](int i) { return a.part[i] / b.part[i]; });
+  }
+  ILVAE_HD friend Wide operator-(Wide a) {
+    return Wide([&](int i) { return -a.part[i]; });
+  }
+  ILVAE_HD friend Mask operator<(Wide a, Wide b) {
+    return mask([&](int i) { return a.part[i] < b.part[i]; });
+  }
+  ILVAE_HD friend Mask operator>(Wide a, Wide b) {
+    return mask([&](int i) { return a.part[i] > b.part[i]; });
+  }
+  ILVAE_HD friend Mask operator<=(Wide a, Wide b) {
+    return mask([&](int i) { return a.part[i] <= b.part[i]; });
+  }
+  ILVAE_HD friend Wide select(Mask condition, Wide yes, Wide no) {
+    return Wide([&](int i) { return condition.part[i] ? yes.part[i] : no.part[i]; });
+  }
+  ILVAE_HD friend Wide magnitude(Wide a) {
+    constexpr auto without_sign = std::numeric_limits<std::remove_reference_t<decltype(Index{}[0])>>::max();
+    return Wide(
+        [&](int i) { return __builtin_bit_cast(Vector<T>, __builtin_bit_cast(Index, a.part[i]) & without_sign); });
+  }
+  ILVAE_HD friend Wide power_of_two(Wide shifted) {
+    constexpr int mantissa = std::numeric_limits<T>::digits - 1;
+    const auto one = __builtin_bit_cast(Index, T(1) - Vector<T>{});
+    return Wide([&](int i) {
+      return __builtin_bit_cast(Vector<T>, (__builtin_bit_cast(Index, shifted.part[i]) << mantissa) + one);
+    });
+  }
+
+ private:
+  template <class Part>
+    requires std::is_invocable_v<Part, int>
+  ILVAE_HD explicit Wide(const Part& of) {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) part[i] = of(i);
+  }
+  template <class Part>
+  ILVAE_HD static Mask mask(const Part& of) {
+    Mask result;
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) result.part[i] = of(i);
+    return result;
+  }
+};
+
+// Calls body(i, derivatives of s at a[i], ..) for n elements, a whole number of vectors: four vectors at a time while
+// there are as many.
+template <class T, class Function, class Body>
+ILVAE_INLINE void activate(const Function& s, const T* a, int64_t n, const Body& body) {
+  constexpr int64_t four = 4 * lanes_of<T>;
+  int64_t i = 0;
+  for (; i + four <= n; i += four) body(i, s(Wide<T, 4>::load(a + i)));
+  for (; i < n; i += lanes_of<T>) body(i, s(Wide<T, 1>::load(a + i)));
 }
 
 // The sum of the lanes, in one fixed order.
@@ -118,3 +208,8 @@ static void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stri
 }
 
 }  // namespace ilvae::cpu::ILVAE_ISA
+
+template <class T, int vectors>
+struct ilvae::ElementOf<ilvae::cpu::ILVAE_ISA::Wide<T, vectors>> {
+  using type = T;
+};
