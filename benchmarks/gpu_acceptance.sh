@@ -90,7 +90,7 @@ build() {
   architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return
   nvidia-smi || true
   cmake -S . -B build/acceptance -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DILVAE_FAST_CUDA=on \
-    -DILVAE_FAST_CUDA_ARCHITECTURES="${ILVAE_FAST_CUDA_ARCHITECTURES:-$architecture-real}" &&
+    -DILVAE_FAST_CUDA_ARCHITECTURES="${ILVAE_FAST_CUDA_ARCHITECTURES:-$architecture}" &&
     cmake --build build/acceptance && cmake --install build/acceptance --prefix "$PWD/ilvae_fast"
 }
 export -f build

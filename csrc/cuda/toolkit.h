@@ -4,6 +4,6 @@
 namespace ilvae::cuda {
 
 const char* toolkit_version();  // "13.0"
-const char* architectures();    // "sm_80 sm_90 compute_90", as CMake chose them
+const char* architectures();    // "sm_80 sm_90 compute_80"
 
 }  // namespace ilvae::cuda
