@@ -37,8 +37,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DILVAE_FAST_CUDA={os.environ.get('ILVAE_FAST_CUDA', 'auto')}",
         ]
-        if "ILVAE_FAST_CUDA_ARCHITECTURES" in os.environ:
-            configure.append(f"-DILVAE_FAST_CUDA_ARCHITECTURES={os.environ['ILVAE_FAST_CUDA_ARCHITECTURES']}")
+        name = "ILVAE_FAST_CUDA_ARCHITECTURES"
+        architectures = os.environ.get(name)  # unset: the default, not what an earlier build had
+        configure.append(f"-D{name}={architectures}" if architectures else f"-U{name}")
         self.run_tool(configure)
         self.run_tool(["cmake", "--build", str(build), "--parallel", str(parallel_jobs())])
         self.run_tool(["cmake", "--install", str(build), "--prefix", str(destination)])

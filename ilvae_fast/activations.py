@@ -25,6 +25,7 @@ class _Kind(NamedTuple):
     wanted: str  # words for `allowed`
     value: Callable[[Tensor, float], Tensor]
     monotone: bool = True
+    smooth: bool = True  # continuously differentiable
 
 
 def _softplus(a: Tensor, beta: float) -> Tensor:
@@ -40,8 +41,8 @@ def _celu(a: Tensor, alpha: float) -> Tensor:
 
 _TABLE = {
     "softplus": _Kind(0, 1.0, lambda p: p > 0, "beta > 0", _softplus),
-    "leaky_relu": _Kind(1, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", F.leaky_relu),
-    "relu": _Kind(2, 0.0, lambda p: p == 0, "no parameter", lambda a, _: F.relu(a)),
+    "leaky_relu": _Kind(1, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", F.leaky_relu, smooth=False),
+    "relu": _Kind(2, 0.0, lambda p: p == 0, "no parameter", lambda a, _: F.relu(a), smooth=False),
     "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", _celu),
     "smooth_leaky_relu": _Kind(
         4, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: p * a + (1 - p) * _softplus(a, 1.0)
@@ -67,9 +68,9 @@ class Activation:
     Raises:
         ValueError: unknown name (the nearest one is named) or a parameter outside its range.
 
-    At kinks the derivatives are those of torch's autograd. With piecewise linear activations in all hidden layers the
-    curvature of the potential comes from the first layer alone; with ``relu`` there too the map is a discontinuous
-    monotone selection: the inverse-Lipschitz bound holds, differentiability does not.
+    At kinks the derivatives are those of torch's autograd. Where an activation has a kink (``leaky_relu``, ``relu``),
+    the map, a gradient, jumps: the inverse-Lipschitz bound holds, differentiability does not, and the map is no
+    bijection. With piecewise linear activations in all hidden layers but the first, all curvature comes from that one.
     """
 
     name: str
@@ -93,6 +94,11 @@ class Activation:
     def monotone(self) -> bool:
         """Whether the function is non-decreasing, as every layer but the first needs."""
         return _TABLE[self.name].monotone
+
+    @property
+    def smooth(self) -> bool:
+        """Whether the derivative is continuous, as the map is then."""
+        return _TABLE[self.name].smooth
 
     def __call__(self, a: Tensor) -> Tensor:
         """The value at ``a`` (any shape), in plain torch operations that differentiate any number of times."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, inversion
 from ._backend import route_code
 from .activations import Activation, as_activation, encode
 from .initialization import initialize_
@@ -42,8 +42,9 @@ def check_positive(argument: str, value: Any) -> int:
 class BrenierMap(nn.Module):
     r"""``T(x) = grad G(x) + L x`` with an input-convex network ``G``: monotone and L-inverse Lipschitz.
 
-    ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 the map is a bijection of R^d,
-    the Brenier map of optimal transport between its input's and its output's distribution.
+    ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 and
+    activations without kinks the map is a bijection of R^d. It is the Brenier map of optimal transport between its
+    input's and its output's distribution.
 
     Args:
         in_features: d.
@@ -213,6 +214,26 @@ class BrenierMap(nn.Module):
     def jacobian(self, x: Tensor) -> Tensor:
         """``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L."""
         return stacked_tangents(self.jvp, x)
+
+    def logabsdet(self, x: Tensor) -> Tensor:
+        """``log |det dT/dx|``: (..., d) -> (...), at least float32; differentiable. Takes (..., d, d) and d^3 work.
+
+        The density of ``T(x)`` at ``T(x)`` is that of x at x times ``exp(-logabsdet(x))``.
+        """
+        jacobian = self.jacobian(x)
+        return torch.linalg.slogdet(jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))).logabsdet
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """x with ``T(x) = y``: (..., d) -> (..., d), by Newton's method in float64 (:mod:`ilvae_fast.inversion`).
+
+        Differentiable once, with respect to y and the parameters; reads back to the host, so not in compiled regions or
+        under ``torch.func``.
+
+        Raises:
+            ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
+            RuntimeError: there is no such x, or it was not found, as may be with L = 0.
+        """
+        return inversion.inverse(self.operands(y), y)
 
     def extra_repr(self) -> str:
         *hidden, output = self._activations.layers

@@ -147,3 +147,10 @@ def test_bare_names_take_their_defaults():
 def test_refusals(name, parameter, words):
     with pytest.raises(ValueError, match=words):
         il.Activation(name, parameter)
+
+
+@pytest.mark.parametrize("activation", [a for a in ALL if a != il.Activation("leaky_relu", 1.0)], ids=str)
+def test_the_smooth_ones_have_a_continuous_derivative(activation):
+    a = torch.tensor([-1e-9, 1e-9], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(activation(a).sum(), a)
+    assert activation.smooth == (abs(slopes[1] - slopes[0]).item() < 1e-6)

@@ -1,0 +1,157 @@
+"""The inverse of a Brenier map and the determinant of its derivative."""
+
+import pytest
+import torch
+
+import ilvae_fast as il
+from ilvae_fast import inversion
+
+ACTIVATIONS = ["softplus", "celu", "smooth_leaky_relu", il.Activation("softplus", 20.0), il.Activation("celu", 0.05)]
+
+
+def _layer(d=4, hidden=(9, 7), scale=1.0, seed=0, **options):
+    torch.manual_seed(seed)
+    layer = il.BrenierMap(d, hidden, **{"dtype": torch.float64, **options})
+    with torch.no_grad():
+        layer.skip_weight.mul_(scale)
+    return layer
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("constant", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_inverse_undoes_the_map(activation, constant, scale):
+    layer = _layer(activation=activation, inverse_lipschitz=constant, scale=scale)
+    x = 3 * torch.randn(2, 50, 4, dtype=torch.float64)
+    y = layer(x)
+    error = torch.linalg.vector_norm(layer.inverse(y) - x, dim=-1)
+    bound = inversion.RESIDUAL * (1 + torch.linalg.vector_norm(y, dim=-1)) / constant
+    assert (error <= bound + 1e-13).all()
+
+
+@pytest.mark.parametrize("hidden", [(3,), (64, 64, 64, 64)])
+@pytest.mark.parametrize("d", [1, 2, 40])
+def test_every_shape(d, hidden):
+    layer = _layer(d, hidden, inverse_lipschitz=0.1)
+    y = torch.randn(5, d, dtype=torch.float64)
+    torch.testing.assert_close(layer(layer.inverse(y)), y, rtol=0, atol=1e-8)
+    assert layer.inverse(y[0]).shape == (d,)
+    assert layer.inverse(y[:0]).shape == (0, d)
+
+
+def test_first_activation_squared_and_an_output_activation():
+    layer = _layer(first_activation="squared_leaky_relu", output_activation="softplus", scale=3.0)
+    x = torch.randn(200, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer.inverse(layer(x)), x, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("where", ["activation", "first_activation", "output_activation"])
+@pytest.mark.parametrize("kinked", ["leaky_relu", "relu"])
+def test_maps_that_jump_are_refused(where, kinked):
+    with pytest.raises(ValueError, match=rf"activations\[[02]\]: got '{kinked}', wanted one without a kink"):
+        _layer(**{where: kinked}).inverse(torch.zeros(4, dtype=torch.float64))
+
+
+def test_far_away_and_bad_values():
+    layer = _layer(inverse_lipschitz=1e-3)
+    y = torch.tensor([[1e6, -1e6, 0.0, 1e-6]], dtype=torch.float64)
+    torch.testing.assert_close(layer(layer.inverse(y)), y, rtol=1e-9, atol=1e-3)
+    with pytest.raises(ValueError, match="y: got 4 non-finite of 8 values"):
+        layer.inverse(torch.tensor([[float("nan")] * 4, [0.0] * 4], dtype=torch.float64))
+
+
+def test_no_inverse_is_an_error():
+    layer = _layer(inverse_lipschitz=0.0)  # its values are bounded: the gradient of a convex function of finite slope
+    with pytest.raises(RuntimeError, match=r"y: found no x with T\(x\) = y for 1 of 1 rows"):
+        layer.inverse(torch.full((1, 4), 1e4, dtype=torch.float64))
+
+
+def test_float32_and_autocast():
+    layer = _layer(dtype=torch.float32, inverse_lipschitz=0.3)
+    x = torch.randn(30, 4)
+    torch.testing.assert_close(layer.inverse(layer(x)), x, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the map is rounded, its inverse is not
+        y = layer(x)
+        back = layer.inverse(y.float())
+    torch.testing.assert_close(layer(back), y.float(), rtol=1e-5, atol=1e-5)
+    assert back.dtype == torch.float32
+
+
+def test_the_inverse_is_lipschitz():
+    layer = _layer(inverse_lipschitz=0.2, scale=5.0)
+    a, b = torch.randn(2, 100, 4, dtype=torch.float64)
+    distance = torch.linalg.vector_norm(layer.inverse(a) - layer.inverse(b), dim=-1)
+    assert (distance <= torch.linalg.vector_norm(a - b, dim=-1) / 0.2 + 1e-9).all()
+
+
+def test_gradients_of_the_inverse():
+    layer = _layer(3, (5, 4), inverse_lipschitz=il.Trained(0.4))
+    y = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def inverse(y, *parameters):
+        bound = {f"layer.{n}": p for n, p in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(_Inverse(layer), bound, (y,))
+
+    assert torch.autograd.gradcheck(inverse, (y, *values), eps=1e-5, atol=1e-6)
+
+
+class _Inverse(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y):
+        return self.layer.inverse(y)
+
+
+def test_a_second_derivative_is_refused():
+    layer = _layer()
+    y = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(layer.inverse(y).square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_both_backends_agree():
+    layer, y = _layer(), torch.randn(7, 4, dtype=torch.float64)
+    ours = layer.inverse(y)
+    with il.use_backend("reference"):
+        torch.testing.assert_close(layer.inverse(y), ours, rtol=0, atol=1e-9)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 3\), wanted"):
+        _layer().inverse(torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_the_determinant():
+    layer = _layer(inverse_lipschitz=0.5, scale=3.0)
+    x = torch.randn(2, 8, 4, dtype=torch.float64)
+    expected = torch.linalg.eigvalsh(layer.jacobian(x)).log().sum(-1)
+    torch.testing.assert_close(layer.logabsdet(x), expected)
+    assert (layer.logabsdet(x) >= 4 * torch.tensor(0.5).log() - 1e-12).all()
+    flat = torch.zeros(4, dtype=torch.float64)
+    assert _layer(inverse_lipschitz=0.0, activation="relu").logabsdet(flat) == -torch.inf
+
+
+def test_the_determinant_is_differentiable():
+    layer = _layer(3, (5, 4))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer.logabsdet, x)
+    inputs = (x, *layer.parameters())
+    ours = torch.autograd.grad(layer.logabsdet(x).sum(), inputs)
+    with il.use_backend("reference"):
+        theirs = torch.autograd.grad(layer.logabsdet(x).sum(), inputs)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_density_integrates_to_one():
+    # p(y) = N(T^{-1}(y)) / |det dT/dx|: what flows use the pair for
+    layer = _layer(1, (6, 5), inverse_lipschitz=0.3, scale=4.0)
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64).unsqueeze(-1)
+    y = layer(x).detach()
+    grid = torch.linspace(y.min().item(), y.max().item(), 20001, dtype=torch.float64).unsqueeze(-1)
+    back = layer.inverse(grid)
+    density = (-0.5 * back.square().sum(-1) - layer.logabsdet(back)).exp() / (2 * torch.pi) ** 0.5
+    assert torch.trapezoid(density, grid.squeeze(-1)).item() == pytest.approx(1, abs=1e-4)
