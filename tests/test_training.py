@@ -349,6 +349,20 @@ class Runner:
         self.process.wait(10)
 
 
+def test_a_run_goes_on_with_more_processes(tmp_path, monkeypatch):
+    def interrupt(step, steps, values):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    config = small(tmp_path, epochs=1, checkpoint_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    # of two processes, with 3 steps instead of 6 to an epoch
+    monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
+    train(config)
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
     """Every step writes a checkpoint, so that most kills fall into the writing of one."""

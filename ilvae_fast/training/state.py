@@ -32,8 +32,10 @@ class Position:
         self.step_in_epoch += 1
         self.step += 1
 
-    def finish_epoch(self, means: Tensor) -> None:
+    def finish_epoch(self) -> None:
         """Start the next epoch."""
+        assert self.sums is not None
+        means = self.sums / self.step_in_epoch
         self.history.append(dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)))
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, None
 
