@@ -111,10 +111,11 @@ def test_a_sharded_run_is_that_of_one_process(sharded, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_each_process_holds_half_of_a_sharded_model(sharded):
-    held = [json.loads((sharded / f"held{rank}.json").read_text()) for rank in (0, 1)]
-    for (first, whole), (second, _) in zip(*held, strict=True):
+    (units, here), (_, there) = (json.loads((sharded / f"held{rank}.json").read_text()) for rank in (0, 1))
+    assert units == ["", "encoder", "decoder"]
+    for (first, whole), (second, _) in zip(here, there, strict=True):
         assert first + second == whole
-    for sizes in held:
+    for sizes in (here, there):
         assert sum(part for part, _ in sizes) == pytest.approx(sum(whole for _, whole in sizes) / 2, rel=0.05)
 
 

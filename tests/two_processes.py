@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ilvae_fast import _files, data, metrics
@@ -167,8 +168,9 @@ def sharded(folder: Path) -> None:
 
     def progress(step: int, steps: int, values: dict[str, float]) -> None:
         if step == 3:
+            units = [name for name, module in models[-1].named_modules() if isinstance(module, FSDPModule)]
             sizes = [(p.to_local().numel(), p.numel()) for p in models[-1].parameters()]
-            (folder / f"held{RANK}.json").write_text(json.dumps(sizes))
+            (folder / f"held{RANK}.json").write_text(json.dumps([units, sizes]))
 
     loop.build_model = kept
     train(config(folder / "killed"))
