@@ -57,7 +57,7 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
 
     Raises:
         Diverged: training went wrong.
-        ValueError: naming the field; a folder with another run in it; FSDP1.
+        ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise; FSDP1.
         ImportError: accelerate or tensorboard is not installed; says how to install it.
     """
     accelerate = require("accelerate", "train")
@@ -109,6 +109,11 @@ def _train(
     finished = folder / "metrics.json"
     if finished.is_file():
         return json.loads(finished.read_text())
+    checkpoints = folder / "checkpoints"
+    newest = state.latest(checkpoints)
+    if newest is not None and state.is_sharded(newest) != (sharding is not None):
+        was, wanted = ("sharded", "unsharded") if sharding is None else ("unsharded", "sharded")
+        raise ValueError(f"output: {newest} is of a run that was {was}, wanted {wanted}: go on as before, or --restart")
 
     # the same weights in all processes, then noise of their own
     dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
@@ -123,20 +128,16 @@ def _train(
     workers = (accelerator.process_index, accelerator.num_processes)
     batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers)
     model, optimizer, warmup = accelerator.prepare(plain, optimizer, warmup)
-    # under FSDP2 prepare finds them again by their addresses, which shards without elements do not have
+    # under FSDP2 prepare looks parameters up by their addresses, and shards without elements have none
     optimizer.param_groups[0]["params"] = list(plain.parameters())
     accelerator.register_for_checkpointing(annealer, position)
 
     if accelerator.is_main_process:
         write_atomically(folder / "config.yaml", config.to_yaml())
     accelerator.init_trackers("tensorboard")
-    checkpoints = folder / "checkpoints"
-    newest = state.latest(checkpoints)
     accelerator.wait_for_everyone()
     if newest is not None:
         accelerator.load_state(os.fspath(newest))
-        if position.step_in_epoch >= batches.steps:  # fewer processes wrote it, which had more steps to an epoch
-            position.finish_epoch()
 
     steps = config.epochs * batches.steps
     while position.epoch < config.epochs:
@@ -145,10 +146,6 @@ def _train(
             warmup.step()
             annealer.step()
             position.add(values)
-            if position.step_in_epoch == batches.steps:
-                position.finish_epoch()
-                if accelerator.is_main_process:
-                    write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
             latest: dict[str, float] = {}
             if position.step % config.log_every == 0:
                 latest = dict(zip(("loss", "reconstruction", "kl"), values.tolist(), strict=True))
@@ -160,6 +157,9 @@ def _train(
                 state.save(accelerator, checkpoints, position.step)
             if progress is not None:
                 progress(position.step, steps, latest)
+        position.finish_epoch()
+        if accelerator.is_main_process:
+            write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
 
     trained = whole(plain, accelerator.device)
     measures = evaluate(
@@ -185,7 +185,7 @@ def _step(
     """One step of Adam; (loss, reconstruction, KL) of all processes' batches. ``model`` is ``plain`` as accelerate
     wraps it."""
     before = _before_step(plain, accelerator.device)
-    # what waits to be reduced until the last micro-batch: not shards, which would be whole gradients meanwhile
+    # whose gradients are reduced with the last micro-batch only: a sharded model's would stay whole until then
     waiting = [] if isinstance(plain, FSDPModule) else [model]
     parts = []
     for part in x.chunk(config.accumulation):

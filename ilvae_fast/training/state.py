@@ -33,7 +33,7 @@ class Position:
         self.step += 1
 
     def finish_epoch(self) -> None:
-        """Start the next epoch."""
+        """Note the means of the epoch's steps, and start the next one."""
         assert self.sums is not None
         means = self.sums / self.step_in_epoch
         self.history.append(dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)))
@@ -75,6 +75,11 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder``."""
     found = sorted(folder.glob("step-*"))
     return found[-1] if found else None
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether accelerate wrote it under FSDP."""
+    return any(checkpoint.glob("pytorch_model_fsdp*"))
 
 
 def save(accelerator: Any, folder: Path, step: int) -> None:
