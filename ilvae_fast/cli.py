@@ -109,7 +109,8 @@ def train(
     `--L 1 --set 'annealing={L1: {kind: cosine, start: 3, end: 1, steps: 1000}}'`
 
     Two processes: `torchrun --nproc-per-node 2 -m ilvae_fast train ..`; several machines: the same with torchrun's
-    `--nnodes` and `--rdzv-endpoint`.
+    `--nnodes` and `--rdzv-endpoint`. To shard what is too wide for one device:
+    `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m ilvae_fast train ..`
 
     What is printed at the end `ilvae-fast eval --help` explains.
     """
@@ -382,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: what the user can mend ends in one line and exit status 2, everything else in a traceback."""
     # torch's own forward mode says it once
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nothing writes to
     import torch
 
     from .training.loop import Diverged

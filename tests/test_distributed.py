@@ -1,24 +1,34 @@
-"""Two processes on the CPU (gloo): DDP, FSDP2, whole runs, and one that dies."""
+"""Two processes on the CPU (gloo): DDP, FSDP2, whole runs by both, and one that dies."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
-from ilvae_fast.vae import VAE
+from ilvae_fast.training import reproduce, train
+from ilvae_fast.training.distributed import shard_options
+from ilvae_fast.vae import VAE, DiagonalGaussian
+from two_processes import config, same_noise
 
 ROOT = Path(__file__).parents[1]
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def launch(task: str, folder: Path) -> subprocess.CompletedProcess:
+def launch(task: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
     script = [str(ROOT / "tests" / "two_processes.py"), task, str(folder)]
     return subprocess.run(
         [*command, *script], env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False
@@ -65,3 +75,93 @@ def test_a_process_that_dies_ends_the_job_with_a_message(tmp_path):
     assert "rank" in process.stderr
     assert not list(tmp_path.glob("finished*"))
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+# FSDP2 by the training loop
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    x = np.random.default_rng(0).normal(size=(1437, 6)).astype(np.float32)
+    x[700] *= 100
+    np.savez(folder / "outlier.npz", x_train=x)
+    (folder / "killed").mkdir()
+    assert "SIGKILL" in launch("killed", folder / "killed", **FSDP2).stderr
+    assert [path.name for path in (folder / "killed" / "run" / "checkpoints").glob("step-*")] == ["step-000000007"]
+    process = launch("sharded", folder, **FSDP2)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_that_of_one_process(sharded, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussian, "sample", DiagonalGaussian.sample)
+    same_noise()
+    alone = train(replace(config(tmp_path), batch_size=128))
+    folder = sharded / "alike" / "run"
+    losses = [json.loads((path / "history.json").read_text()) for path in (folder, tmp_path / "run")]
+    assert losses[0] == [pytest.approx(epoch, rel=1e-5) for epoch in losses[1]]
+    measures = json.loads((folder / "metrics.json").read_text())
+    assert measures == {k: v if isinstance(v, dict) else pytest.approx(v, rel=1e-3) for k, v in alone.items()}
+    states = [VAE.from_pretrained(path / "model").state_dict() for path in (folder, tmp_path / "run")]
+    for name, tensor in states[1].items():
+        torch.testing.assert_close(states[0][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_a_sharded_model(sharded):
+    (units, here), (_, there) = (json.loads((sharded / f"held{rank}.json").read_text()) for rank in (0, 1))
+    assert units == ["", "encoder", "decoder"]
+    for (first, whole), (second, _) in zip(here, there, strict=True):
+        assert first + second == whole
+    for sizes in (here, there):
+        assert sum(part for part, _ in sizes) == pytest.approx(sum(whole for _, whole in sizes) / 2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_killed_ends_bitwise_the_same(sharded):
+    for name in ("metrics.json", "history.json", "model/model.safetensors"):
+        assert (sharded / "killed" / "run" / name).read_bytes() == (sharded / "run" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_sharded_gradients_that_diverge_are_named_alike_and_reproduced(sharded):
+    messages = [(sharded / f"diverged{rank}").read_text() for rank in (0, 1)]
+    (stated,) = {re.search(r"gradient is that of (\S+), of norm (\S+);", message).groups() for message in messages}
+    (path,) = (sharded / "out" / "diverged").glob("*.pt")
+    rank = int(path.stem[-1])
+    assert str(path) in messages[rank]
+    assert "another process saved the state" in messages[1 - rank]
+
+    model, outputs = reproduce(path)
+    assert f"the loss is {max(output.loss.item() for output in outputs):g} nats" in messages[rank]
+    sum(output.loss / len(outputs) for output in outputs).backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    assert stated[0] == max(norms, key=norms.get)
+    assert float(stated[1]) == pytest.approx(norms[stated[0]] / 2, rel=0.01)  # of both, and the other's is small
+    moments = torch.load(path, weights_only=True)["optimizer"]["state"]
+    assert [moments[k]["exp_avg"].shape for k in moments] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_another_version_of_fsdp_is_refused(tmp_path, monkeypatch, version):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=rf"fsdp_version: got {version}, wanted 2"):
+        train(config(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: got 1, wanted 2"),
+        ({"activation_checkpointing": True}, "fsdp_activation_checkpointing: got true, wanted false"),
+    ],
+)
+def test_plug_ins_with_other_options_are_refused(field, message):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "activation_checkpointing": False, **field})
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    with pytest.raises(ValueError, match=message):
+        shard_options(SimpleNamespace(state=state))

@@ -349,6 +349,25 @@ class Runner:
         self.process.wait(10)
 
 
+def test_a_run_goes_on_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
+    def interrupt(step, steps, values):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    config = small(tmp_path, epochs=1, checkpoint_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    sharded = tmp_path / "checkpoints" / "step-000000005" / "pytorch_model_fsdp_0"
+    sharded.mkdir()
+    with pytest.raises(ValueError, match=r"output: .*step-000000005 is of a run that was sharded, wanted unsharded"):
+        train(config)
+    sharded.rmdir()
+    # of two processes, with 3 steps instead of 6 to an epoch
+    monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
+    train(config)
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
     """Every step writes a checkpoint, so that most kills fall into the writing of one."""

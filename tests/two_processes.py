@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ilvae_fast import _files, data, metrics
-from ilvae_fast.training import TrainConfig, evaluate, shard, sweep, train
+from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, loop, shard, sweep, train
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 
 CONFIG = VAEConfig(64, 3, encoder_hidden=(16,), decoder_hidden=((8,), (24, 16)), embedding="orthogonal")
@@ -146,19 +147,51 @@ def run(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """The second process dies in the middle of training."""
+    """The second process dies in the middle of training, between two checkpoints."""
 
     def progress(step: int, steps: int, values: dict[str, float]) -> None:
-        if RANK == 1 and step == 5:
+        if RANK == 1 and step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(config(folder), progress)
     (folder / f"finished{RANK}").write_text("")
 
 
+def sharded(folder: Path) -> None:
+    """With FSDP2: a run that was killed goes on, one is not killed, one has the noise of a single process, one
+    diverges."""
+    models: list[VAE] = []
+
+    def kept(*arguments) -> VAE:
+        models.append(build_model(*arguments))
+        return models[-1]
+
+    def progress(step: int, steps: int, values: dict[str, float]) -> None:
+        if step == 3:
+            units = [name for name, module in models[-1].named_modules() if isinstance(module, FSDPModule)]
+            sizes = [(p.to_local().numel(), p.numel()) for p in models[-1].parameters()]
+            (folder / f"held{RANK}.json").write_text(json.dumps([units, sizes]))
+
+    loop.build_model = kept
+    train(config(folder / "killed"))
+    train(config(folder), progress)
+    try:
+        train(diverging(folder))
+    except Diverged as error:
+        (folder / f"diverged{RANK}").write_text(str(error))
+    same_noise()
+    train(config(folder / "alike"))
+
+
+def diverging(folder: Path) -> TrainConfig:
+    """One of the data is far out, so that one process has a loss above the limit and both have its gradients."""
+    return replace(config(folder), data=f"npz:{folder / 'outlier.npz'}", loss_limit=300.0, output=str(folder / "out"))
+
+
 def config(folder: Path) -> TrainConfig:
     return TrainConfig(
         data="digits", model="il-lidvae", latent_dim=3, epochs=2, batch_size=64, checkpoint_every=7, cpu=True,
+        accumulation=2, max_grad_norm=3.0,
         model_options={"decoder_hidden": [[8], [16]], "encoder_hidden": [16]}, output=str(folder / "run"),
         num_importance_samples=2, fisher_samples=2, eval_limit=50,
     )  # fmt: skip
@@ -171,6 +204,9 @@ if __name__ == "__main__":
         run(folder)  # accelerate starts the process group
         gradients(folder)
         measures(folder)
+        dist.destroy_process_group()
+    elif sys.argv[1] == "sharded":
+        sharded(folder)
         dist.destroy_process_group()
     else:
         killed(folder)

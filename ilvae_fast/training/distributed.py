@@ -1,16 +1,22 @@
-"""FSDP2 for models too wide for one device."""
+"""FSDP2 for models too wide for one device: what is sharded, how accelerate is told, and how it is whole again."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
+from .._extras import require
 from ..decoder import BrenierDecoder
-from ..vae import AutoregressiveDecoder
+from ..vae import VAE, AutoregressiveDecoder
 
 _METHODS = {
     "model": (
@@ -47,6 +53,67 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     fully_shard(model, **options)
     _register(model, "model")
     return model
+
+
+def gathered(tree: Any) -> Any:
+    """``tree``, tensors in dicts and lists, with every sharded one whole and on the CPU.
+
+    All processes take part, each of which gets all of it; a device holds one tensor of it at a time.
+    """
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), tree)
+
+
+def whole(model: VAE, device: torch.device) -> VAE:
+    """``model``, or in each process a whole copy of a sharded one, without gradients; all processes take part."""
+    if not isinstance(model, FSDPModule):
+        return model
+    copy = VAE(model.config)
+    copy.load_state_dict(gathered(model.state_dict()))
+    return copy.to(device)
+
+
+def check_fsdp_version(version: str | int | None = None) -> None:
+    """Refuse FSDP1: ``version``, or what the environment asks for, where accelerate may fail before it is asked.
+
+    Raises:
+        ValueError: another version than 2.
+    """
+    if version is None:
+        version = os.environ.get("FSDP_VERSION", "2") if _asked_for() else "2"
+    if int(version) != 2:
+        raise ValueError(
+            f"fsdp_version: got {version}, wanted 2 (accelerate launch --use_fsdp --fsdp_version 2, or FSDP_VERSION=2)"
+        )
+
+
+def shard_options(accelerator: Any) -> dict[str, Any] | None:
+    """How ``accelerator`` is to shard models, as options of :func:`shard`; None: it is not.
+
+    accelerate leaves FSDP out on the CPU, without a word; here it is what was asked for.
+
+    Raises:
+        ValueError: naming the option of accelerate's FSDP plug-in.
+    """
+    accelerate, state = require("accelerate", "train"), accelerator.state
+    kinds = require("accelerate.utils", "train").DistributedType
+    if state.distributed_type == kinds.MULTI_CPU and _asked_for():
+        state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin()
+        state.distributed_type = accelerate.PartialState().distributed_type = kinds.FSDP
+    if state.distributed_type != kinds.FSDP:
+        return None
+    plugin = state.fsdp_plugin
+    check_fsdp_version(plugin.fsdp_version)
+    if plugin.activation_checkpointing:
+        raise ValueError("fsdp_activation_checkpointing: got true, wanted false: it wraps layers that no model has")
+    return {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "reshard_after_forward": None if plugin.reshard_after_forward else False,  # None: all but the root
+        "offload_policy": plugin.cpu_offload,
+    }
+
+
+def _asked_for() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _register(module: nn.Module, kind: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from .._extras import require
 from .._files import write_atomically
@@ -22,6 +23,7 @@ from ..annealing import Annealer
 from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
 from .config import TrainConfig, build_model, differences, load_dataset
+from .distributed import check_fsdp_version, gathered, shard, shard_options, whole
 from .evaluation import evaluate
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -38,7 +40,9 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     """Train the model of ``config`` and measure it; a run that was interrupted goes on where its last checkpoint is.
 
     On the CPU a run that was killed ends with the same numbers, bit for bit, as one that was not. Under ``torchrun`` or
-    ``accelerate launch`` all processes call this.
+    ``accelerate launch`` all processes call this. With ``--use_fsdp --fsdp_version 2`` parameters, gradients and Adam's
+    moments are sharded (:func:`~.distributed.shard`) while the model is trained. At its beginning and its end every
+    process has the whole model: at first in host memory, and on its device, in float32 and float64, to be measured.
 
     Args:
         progress: called after each step with the number of steps done, that of all, and at times the latest values; and
@@ -53,11 +57,12 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
 
     Raises:
         Diverged: training went wrong.
-        ValueError: naming the field; a folder with another run in it.
+        ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise; FSDP1.
         ImportError: accelerate or tensorboard is not installed; says how to install it.
     """
     accelerate = require("accelerate", "train")
     require("tensorboard", "train")
+    check_fsdp_version()
     folder = config.folder
     accelerator = accelerate.Accelerator(
         cpu=config.cpu,
@@ -67,14 +72,13 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
         log_with="tensorboard",
         project_dir=os.fspath(folder),
     )
-    if accelerator.distributed_type.value == "FSDP":
-        raise ValueError("FSDP: is not for this loop, which measures whole models; shard(model) in a loop of your own")
+    sharding = shard_options(accelerator)
     if accelerator.is_main_process:
         with _locked(folder):
             if restart:
                 _clear(folder)
-            return _train(accelerator, config, folder, progress)
-    return _train(accelerator, config, folder, progress)
+            return _train(accelerator, config, folder, progress, sharding)
+    return _train(accelerator, config, folder, progress, sharding)
 
 
 @contextmanager
@@ -97,31 +101,40 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progress | None) -> dict[str, Any]:
+def _train(
+    accelerator: Any, config: TrainConfig, folder: Path, progress: Progress | None, sharding: dict[str, Any] | None
+) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     _check_folder(config, folder)
     finished = folder / "metrics.json"
     if finished.is_file():
         return json.loads(finished.read_text())
+    checkpoints = folder / "checkpoints"
+    newest = state.latest(checkpoints)
+    if newest is not None and state.is_sharded(newest) != (sharding is not None):
+        was, wanted = ("sharded", "unsharded") if sharding is None else ("unsharded", "sharded")
+        raise ValueError(f"output: {newest} is of a run that was {was}, wanted {wanted}: go on as before, or --restart")
 
     # the same weights in all processes, then noise of their own
     dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
     set_seed(config.seed)
     plain = build_model(config, dataset)
     set_seed(config.seed, device_specific=True)
+    if sharding is not None:
+        shard(plain, **sharding)
     optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
     annealer, position = Annealer(plain, config.annealing), state.Position()
     workers = (accelerator.process_index, accelerator.num_processes)
     batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers)
     model, optimizer, warmup = accelerator.prepare(plain, optimizer, warmup)
+    # under FSDP2 prepare looks parameters up by their addresses, and shards without elements have none
+    optimizer.param_groups[0]["params"] = list(plain.parameters())
     accelerator.register_for_checkpointing(annealer, position)
 
     if accelerator.is_main_process:
         write_atomically(folder / "config.yaml", config.to_yaml())
     accelerator.init_trackers("tensorboard")
-    checkpoints = folder / "checkpoints"
-    newest = state.latest(checkpoints)
     accelerator.wait_for_everyone()
     if newest is not None:
         accelerator.load_state(os.fspath(newest))
@@ -133,11 +146,6 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
             warmup.step()
             annealer.step()
             position.add(values)
-            if position.step_in_epoch == batches.steps:
-                means = accelerator.reduce(position.sums, "mean") / batches.steps
-                position.finish_epoch(means.cpu())
-                if accelerator.is_main_process:
-                    write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
             latest: dict[str, float] = {}
             if position.step % config.log_every == 0:
                 latest = dict(zip(("loss", "reconstruction", "kl"), values.tolist(), strict=True))
@@ -149,9 +157,13 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
                 state.save(accelerator, checkpoints, position.step)
             if progress is not None:
                 progress(position.step, steps, latest)
+        position.finish_epoch()
+        if accelerator.is_main_process:
+            write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
 
+    trained = whole(plain, accelerator.device)
     measures = evaluate(
-        plain, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
+        trained, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
         limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
         reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
         progress=None if progress is None else lambda part: progress(steps, steps, {"measured": part}),
@@ -161,7 +173,7 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
     for tracker in accelerator.trackers:
         tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
     if accelerator.is_main_process:
-        plain.save_pretrained(folder / "model")
+        trained.save_pretrained(folder / "model")
         write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
     accelerator.wait_for_everyone()
     return measures
@@ -170,12 +182,16 @@ def _train(accelerator: Any, config: TrainConfig, folder: Path, progress: Progre
 def _step(
     accelerator: Any, plain: VAE, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int
 ) -> Tensor:
-    """One step of Adam; (loss, reconstruction, KL) of the batch. ``model`` is ``plain`` as accelerate wraps it."""
+    """One step of Adam; (loss, reconstruction, KL) of all processes' batches. ``model`` is ``plain`` as accelerate
+    wraps it."""
     before = _before_step(plain, accelerator.device)
+    # whose gradients are reduced with the last micro-batch only: a sharded model's would stay whole until then
+    waiting = [] if isinstance(plain, FSDPModule) else [model]
     parts = []
     for part in x.chunk(config.accumulation):
-        with accelerator.accumulate(model):
-            output: VAEOutput = model(part)
+        with accelerator.accumulate(*waiting):
+            with accelerator.autocast():  # prepare puts it around every model but a sharded one
+                output: VAEOutput = model(part)
             accelerator.backward(output.loss)
             parts.append(torch.stack([output.loss, output.reconstruction.mean(), output.kl.mean()]).detach())
             if accelerator.sync_gradients:
@@ -184,7 +200,7 @@ def _step(
                     accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.stack(parts).mean(0)
+    return accelerator.reduce(torch.stack(parts).mean(0), "mean")
 
 
 def _before_step(plain: VAE, device: torch.device) -> dict[str, Any]:
@@ -199,10 +215,10 @@ def _check(
     accelerator: Any, plain: VAE, optimizer: Any, x: Tensor, losses: Tensor, before: dict[str, Any],
     config: TrainConfig, step: int,
 ) -> None:  # fmt: skip
-    """Stop before a step that would spoil the weights; all processes agree on it."""
+    """Stop before a step that would spoil the weights; all processes agree on it, and gather what is sharded."""
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     bad_loss = ~(losses.abs() <= config.loss_limit).all()
-    bad_gradient = ~torch.nn.utils.get_total_norm(gradients.values()).isfinite()
+    bad_gradient = ~gathered(torch.nn.utils.get_total_norm(gradients.values())).isfinite().to(losses.device)
     if config.precision == "fp16":  # its scaler leaves such a step out, and lowers the scale
         bad_gradient = torch.zeros_like(bad_gradient)
     here = torch.stack([bad_loss, bad_gradient]).float()
@@ -211,14 +227,14 @@ def _check(
         return
     cause = 0 if somewhere[0] else 1  # a loss that is no number spoils the gradients of all processes
     accelerator.unscale_gradients(optimizer)
-    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    norms = {name: gathered(gradient.norm()).item() for name, gradient in gradients.items()}
     largest = max(norms, key=lambda n: math.inf if math.isnan(norms[n]) else norms[n])
     target = config.folder / "diverged" / f"process{accelerator.process_index}.pt"
+    state_dict, optimizer_state = gathered(plain.state_dict()), gathered(optimizer.state_dict())
     if here[cause]:
-        state_dict = plain.state_dict()
         state_dict.update({n: buffer for n, buffer in before["buffers"].items() if n in state_dict})
         content = io.BytesIO()
-        saved = {"model": state_dict, "optimizer": optimizer.state_dict(), "x": x, "rng": before["rng"], "step": step}
+        saved = {"model": state_dict, "optimizer": optimizer_state, "x": x, "rng": before["rng"], "step": step}
         torch.save({**saved, "config": plain.config.to_dict(), "accumulation": config.accumulation}, content)
         write_atomically(target, content.getvalue())
         where = f"the state before it is in {target} (ilvae_fast.training.reproduce)"

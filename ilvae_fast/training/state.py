@@ -32,8 +32,10 @@ class Position:
         self.step_in_epoch += 1
         self.step += 1
 
-    def finish_epoch(self, means: Tensor) -> None:
-        """Start the next epoch."""
+    def finish_epoch(self) -> None:
+        """Note the means of the epoch's steps, and start the next one."""
+        assert self.sums is not None
+        means = self.sums / self.step_in_epoch
         self.history.append(dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)))
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, None
 
@@ -73,6 +75,11 @@ def latest(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder``."""
     found = sorted(folder.glob("step-*"))
     return found[-1] if found else None
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    """Whether accelerate wrote it under FSDP."""
+    return any(checkpoint.glob("pytorch_model_fsdp*"))
 
 
 def save(accelerator: Any, folder: Path, step: int) -> None:
