@@ -83,13 +83,28 @@ def check_inverse_lipschitz(value: float) -> float:
     return value
 
 
+_constants: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
 def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1:
             raise ValueError(f"inverse_lipschitz: got shape {tuple(value.shape)}, wanted one element")
         return value if value.dim() == 1 else value.reshape(1)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((1,), check_inverse_lipschitz(value), dtype=dtype, device=like.device)
+    value = check_inverse_lipschitz(value)
+    # Making a tensor is a few percent of a small call. Not kept: what a compiled region or a mode makes, and what lies
+    # on a GPU, where it may belong to a graph that is being captured.
+    plain = type(like) is Tensor or type(like) is torch.nn.Parameter
+    if not (plain and like.is_cpu) or torch.compiler.is_compiling():
+        return torch.full((1,), value, dtype=dtype, device=like.device)
+    kept = _constants.get((value, dtype))
+    if kept is None:
+        with torch.inference_mode(False):  # a backward pass may want it
+            kept = torch.full((1,), value, dtype=dtype, device=like.device)
+        if type(kept) is Tensor and len(_constants) < 64:
+            _constants[value, dtype] = kept
+    return kept
 
 
 def _validate(operands: Operands) -> None:

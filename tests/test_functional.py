@@ -416,3 +416,31 @@ def test_refusals_hold_for_symbolic_shapes_too():
     compiled = torch.compile(lambda x: functional.brenier_map(**{**GOOD, "x": x}), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="wanted"):
         compiled(X.half())
+
+
+def test_a_constant_given_as_a_number_is_made_once_and_serves_every_mode():
+    from torch._subclasses import FakeTensorMode
+
+    case = {"activations": ["softplus", "identity"], "inverse_lipschitz": 0.123}
+    shapes = [(3, 2), (5, 2), (5,), (1, 4)]
+
+    def run(*tensors):
+        x, skip_weight, bias, w = tensors
+        return il.functional.brenier_map(x, skip_weight, bias, [w], **case)
+
+    def run_fake():
+        with FakeTensorMode():
+            assert run(*(torch.ones(shape) for shape in shapes)).shape == (3, 2)
+
+    run_fake()
+    tensors = [torch.ones(shape) for shape in shapes]
+    with torch.inference_mode():
+        first = run(*tensors)
+    tensors = [t.requires_grad_() for t in tensors]
+    second = run(*tensors)
+    second.sum().backward()
+    torch.testing.assert_close(second.detach(), first)
+    run_fake()
+    double = run(*(t.detach().double() for t in tensors))
+    torch.testing.assert_close(double.float(), second.detach())
+    assert double.dtype == torch.float64
