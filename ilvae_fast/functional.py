@@ -107,6 +107,12 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     return kept
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity; reads back to the host."""
+    if bad := int((~tensor.isfinite()).sum()):
+        raise ValueError(f"{name}: got {bad} non-finite of {tensor.numel()} values, wanted finite ones")
+
+
 def _validate(operands: Operands) -> None:
     named = {
         "x": operands.x,
@@ -120,9 +126,7 @@ def _validate(operands: Operands) -> None:
         if tensor is None:
             continue
         tensor = tensor.detach()
-        if not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
-            raise ValueError(f"{name}: got {bad} non-finite of {tensor.numel()} values, wanted finite ones")
+        check_finite(name, tensor)
         if (name.startswith("weights") or name == "inverse_lipschitz") and bool((tensor < 0).any()):
             raise ValueError(f"{name}: got a smallest value of {float(tensor.min()):g}, wanted values >= 0")
 

@@ -25,11 +25,11 @@ _HALVINGS = 40
 _DECREASE = 1e-4  # of what the slope promises, for a step to be taken (Armijo)
 
 
-def inverse(operands: Operands, y: Tensor) -> Tensor:
-    """x (..., d) with ``T(x) = y`` for y (..., d), once differentiable with respect to y and all operands.
+def inverse(operands: Operands) -> Tensor:
+    """x (..., d) with ``T(x) = y``, once differentiable with respect to y and all operands.
 
     Args:
-        operands: of the map; their ``x`` is not looked at.
+        operands: of the map, with y (..., d) in the place of x.
 
     Raises:
         ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
@@ -41,8 +41,8 @@ def inverse(operands: Operands, y: Tensor) -> Tensor:
                 f"activations[{i}]: got {activation.name!r}, wanted one without a kink: with it the map jumps and has "
                 "no inverse"
             )
-    if not bool(y.detach().isfinite().all()):
-        raise ValueError(f"y: got {int((~y.isfinite()).sum())} non-finite of {y.numel()} values, wanted finite ones")
+    y = operands.x
+    functional.check_finite("y", y)
     exact = Operands(
         _exact(y),
         _exact(operands.skip_weight),
@@ -55,25 +55,26 @@ def inverse(operands: Operands, y: Tensor) -> Tensor:
         recompute=None,
     )
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-        x = _minimiser(exact)
-    map_there = functional.apply_potential_and_map(operands._replace(x=x.to(y.dtype)), False, True)[1]
-    return _Implicit.apply(map_there - y, x, exact)
+        solved = exact._replace(x=_minimiser(exact))
+    map_there = functional.apply_potential_and_map(operands._replace(x=solved.x.to(y.dtype)), False, True)[1]
+    return _Implicit.apply(map_there - y, solved)
 
 
 class _Implicit(torch.autograd.Function):
-    """The solution x of ``residual(x) = 0``, with ``dx = -(dT/dx)^{-1} d residual`` (the implicit function theorem)."""
+    """The x of ``solved``, where ``residual(x) = 0``, with ``dx = -(dT/dx)^{-1} d residual``: the implicit function
+    theorem."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, exact: Operands) -> Tensor:
-        ctx.x, ctx.exact = x, exact
-        return x.to(residual.dtype)
+    def forward(ctx: Any, residual: Tensor, solved: Operands) -> Tensor:
+        ctx.solved = solved
+        return solved.x.to(residual.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(cotangent.device.type, enabled=False):
-            step = _solve(_hessian(ctx.exact, ctx.x), cotangent.double(), 1e-12)
-        return -step.to(cotangent.dtype), None, None
+            step = _solve(_hessian(ctx.solved), cotangent.double(), 1e-12)
+        return -step.to(cotangent.dtype), None
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -88,9 +89,8 @@ def _norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
 
 
-def _hessian(exact: Operands, x: Tensor) -> Callable[[Tensor], Tensor]:
-    at_x = exact._replace(x=x)
-    return lambda v: functional.apply_map_jvp(at_x, v)[1]
+def _hessian(operands: Operands) -> Callable[[Tensor], Tensor]:
+    return lambda v: functional.apply_map_jvp(operands, v)[1]
 
 
 def _minimiser(exact: Operands) -> Tensor:
@@ -108,7 +108,7 @@ def _minimiser(exact: Operands) -> Tensor:
         if (error <= wanted).all():
             return x
         # where the error is large a rough direction will do; the better it gets, the more exactly is it worth solving
-        direction = -_solve(_hessian(exact, x), slope, (error / (1 + _norm(y))).clamp(1e-12, 0.1))
+        direction = -_solve(_hessian(exact._replace(x=x)), slope, (error / (1 + _norm(y))).clamp(1e-12, 0.1))
         promised = _dot(slope, direction)
         length = torch.ones_like(value)
         rounding = 1e-13 * (1 + value.abs())

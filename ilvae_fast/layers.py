@@ -42,9 +42,9 @@ def check_positive(argument: str, value: Any) -> int:
 class BrenierMap(nn.Module):
     r"""``T(x) = grad G(x) + L x`` with an input-convex network ``G``: monotone and L-inverse Lipschitz.
 
-    ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 and
-    activations without kinks the map is a bijection of R^d. It is the Brenier map of optimal transport between its
-    input's and its output's distribution.
+    ``|T(x) - T(y)| >= L |x - y|`` for all x, y (Kinoshita et al., ICML 2023); with L > 0 and activations
+    without kinks the map is a bijection of R^d. It is the Brenier map of optimal transport between its input's and its
+    output's distribution.
 
     Args:
         in_features: d.
@@ -233,7 +233,7 @@ class BrenierMap(nn.Module):
             ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
             RuntimeError: there is no such x, or it was not found, as may be with L = 0.
         """
-        return inversion.inverse(self.operands(y), y)
+        return inversion.inverse(self.operands(y))
 
     def extra_repr(self) -> str:
         *hidden, output = self._activations.layers
