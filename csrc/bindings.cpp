@@ -1,6 +1,7 @@
-// The Python module ilvae_fast._C: what was built, and plans. Loading it registers the operators.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module ilvae_fast._C: what was built, plans, and the operators as functions. Loading it registers the
+// operators.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "core/plan.h"
 #include "cpu/instruction_set.h"
@@ -8,8 +9,29 @@
 #include "cuda/fused_shapes.h"
 #include "cuda/toolkit.h"
 #endif
+#include "ops.h"
 
-namespace py = pybind11;
+namespace {
+
+// An argument of an operator as pybind11 holds it during a call.
+template <class T>
+struct Held {
+  using type = T;
+};
+template <class T>
+struct Held<at::ArrayRef<T>> {
+  using type = const std::vector<T>&;
+};
+
+// An operator as a Python function of the same arguments, all by position, that enters the dispatcher as C++ does.
+// torch.ops interprets the schema for each call and boxes arguments and results: as long as a small network takes.
+template <class Result, class... Arguments>
+auto function_of(const c10::TypedOperatorHandle<Result(Arguments...)>& op) {
+  return torch::wrap_pybind_function_no_gil(
+      [&op](typename Held<Arguments>::type... arguments) { return op.call(arguments...); });
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information; importing it registers torch.ops.ilvae_fast.*";
@@ -28,6 +50,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+  m.def("potential_and_map", function_of(ilvae::ops::potential_and_map()));
+  m.def("training_terms", function_of(ilvae::ops::training_terms()));
+  m.def("map_jvp", function_of(ilvae::ops::map_jvp()));
   py::class_<ilvae::Plan>(m, "Plan")
       .def_readonly("route", &ilvae::Plan::route)
       .def_readonly("reason", &ilvae::Plan::reason)

@@ -1,5 +1,7 @@
 from typing import Any
 
+from torch import Tensor
+
 class Plan:
     route: str
     reason: str
@@ -22,3 +24,8 @@ def plan(
     cuda_shared_bytes: int,
     tf32: bool,
 ) -> Plan: ...
+
+# The operators, arguments by position as their schemas in csrc/ops.cpp have them
+def potential_and_map(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]: ...
+def training_terms(*arguments: Any) -> list[Tensor]: ...
+def map_jvp(*arguments: Any) -> tuple[Tensor, Tensor]: ...

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
-from . import _extension as _extension  # loads the operators
 from . import reference
+from ._extension import _C
 from .activations import EncodedActivations, decode
 
 if TYPE_CHECKING:
@@ -31,9 +32,32 @@ if TYPE_CHECKING:
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms, with and without auxiliary results
 _jvp: Any = torch.func.jvp
 
-_potential_and_map = torch.ops.ilvae_fast.potential_and_map.default
-_training_terms = torch.ops.ilvae_fast.training_terms.default
-_map_jvp = torch.ops.ilvae_fast.map_jvp.default
+
+def _operator(name: str) -> Callable[..., Any]:
+    """The operator, called with arguments by position and as directly as the call allows.
+
+    ``torch.ops`` interprets the schema anew for each call, which takes as long as a small network does; the extension's
+    own function enters the same dispatcher without that. Compiled regions and ``__torch_function__`` know operators by
+    ``torch.ops`` alone.
+    """
+    operator = getattr(torch.ops.ilvae_fast, name).default
+    direct = getattr(_C, name)
+
+    def call(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], *rest: Any) -> Any:
+        watched = torch.compiler.is_compiling() or has_torch_function((x, skip_weight, bias, *weights, *rest))
+        if watched:
+            return operator(x, skip_weight, bias, weights, *rest)
+        try:
+            return direct(x, skip_weight, bias, weights, *rest)
+        except TypeError:
+            return operator(x, skip_weight, bias, weights, *rest)  # whose error names the argument
+
+    return call
+
+
+_potential_and_map = _operator("potential_and_map")
+_training_terms = _operator("training_terms")
+_map_jvp = _operator("map_jvp")
 
 
 class Static(NamedTuple):
@@ -194,9 +218,8 @@ def _native_potential_and_map(
     static: Static, x: Tensor, skip_weight: Tensor, bias: Tensor, constant: Tensor, embedding: Tensor | None, *weights
 ) -> tuple[Tensor, ...]:
     codes, parameters, _ = static.activations
-    results = _potential_and_map(
-        x, skip_weight, bias, weights, constant, embedding, codes, parameters, *static.wanted, route=static.route
-    )
+    rest = (codes, parameters, *static.wanted, False, None, static.route, None, None)
+    results = _potential_and_map(x, skip_weight, bias, weights, constant, embedding, *rest)
     return tuple(r for r, w in zip(results, static.wanted, strict=False) if w)
 
 
@@ -225,7 +248,8 @@ def _native_training_terms(
         codes,
         parameters,
         _bits(static.wanted),
-        route=static.route,
+        None,
+        static.route,
     )
     return tuple(t for t, w in zip(terms, static.wanted, strict=True) if w)
 
@@ -241,7 +265,7 @@ def _native_map_jvp(
     *weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
     codes, parameters, _ = static.activations
-    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, route=static.route)
+    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, None, static.route)
 
 
 def _first_order(
@@ -304,8 +328,11 @@ def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) 
         parameters,
         want_potential,
         want_map,
-        route=route,
-        recompute=recompute,
+        False,  # save
+        None,  # product_dtype
+        route,
+        recompute,
+        None,  # saved_dtype
     )[:2]
 
 
@@ -332,7 +359,8 @@ def training_terms(
         codes,
         parameters,
         _bits(wanted),
-        route=route,
+        None,
+        route,
     )
     return [r if w else None for r, w in zip(results, wanted, strict=True)]
 
@@ -344,7 +372,7 @@ def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
             _MapJvp, _plain_map_jvp, Static(operands.activations, (), operands.route), tangent, *_in_order(operands)
         )
     x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
-    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, route=route)
+    return _map_jvp(x, skip_weight, bias, weights, constant, embedding, tangent, codes, parameters, None, route)
 
 
 def plain_training_terms(
@@ -364,7 +392,11 @@ def plain_map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bits(flags: Sequence[bool]) -> int:
     """Bit i for flag i, as the operators take them."""
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
+    bits = 0
+    for i, flag in enumerate(flags):
+        if flag:
+            bits |= 1 << i
+    return bits
 
 
 def _flags(bits: int, count: int) -> tuple[bool, ...]:

@@ -1,10 +1,17 @@
 """The operators under PyTorch's transformations: opcheck, torch.compile, torch.func, forward mode."""
 
+import threading
+import time
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ilvae_fast as il
 from cases import Case
@@ -287,3 +294,100 @@ def test_double_backward_of_a_compiled_region_is_refused():
     loss = compiled(x).square().sum()
     with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].sum(), x)
+
+
+class _Watched(torch.Tensor):
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+class _FunctionMode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        self.seen.append(function)
+        return function(*arguments, **(options or {}))
+
+
+class _DispatchMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.append(function)
+        return function(*arguments, **(options or {}))
+
+
+def _each_operator(tensors, x):
+    """Every operator once, by its function."""
+    _, *arguments = tensors.positional()
+    options = {"activations": ACTIVATIONS, "inverse_lipschitz": tensors.named["inverse_lipschitz"]}
+    t = functional.brenier_map(x, *arguments, **options)
+    g = functional.brenier_map_vjp(x, *arguments, map_cotangent=tensors.v, **options)
+    return t, g.x, functional.brenier_map_jvp(x, torch.ones_like(x), *arguments, **options)[1]
+
+
+NAMES = ("potential_and_map", "training_terms", "map_jvp")
+
+
+@pytest.mark.parametrize("how", ["__torch_function__", "function mode", "dispatch mode", "make_fx", "jit.trace"])
+def test_whoever_watches_sees_the_operators(how):
+    """Calls go to the operators directly where nobody watches, and nobody may lose sight of one by that."""
+    tensors = _tensors("none")
+    x = tensors.named["x"]
+    expected = _each_operator(tensors, x)
+    if how in ("make_fx", "jit.trace"):
+
+        def function(x):
+            return _each_operator(tensors, x)
+
+        if how == "make_fx":
+            graph = make_fx(function)(x)
+            seen = {str(node.target) for node in graph.graph.nodes}
+            assert {f"ilvae_fast.{name}.default" for name in NAMES} <= seen
+        else:
+            graph = torch.jit.trace(function, x)
+            assert all(f"ilvae_fast::{name}" in str(graph.inlined_graph) for name in NAMES)
+        for a, b in zip(graph(2 * x), function(2 * x), strict=True):
+            torch.testing.assert_close(a, b)
+        return
+    if how == "__torch_function__":
+        _Watched.seen.clear()
+        results = _each_operator(tensors, x.as_subclass(_Watched))
+        seen = _Watched.seen
+        assert all(type(r) is _Watched for r in results)
+    else:
+        with _FunctionMode() if how == "function mode" else _DispatchMode() as mode:
+            results = _each_operator(tensors, x)
+        seen = mode.seen
+    assert {getattr(OPS, name).default for name in NAMES} <= set(seen)
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
+
+
+def test_an_argument_of_the_wrong_type_is_named():
+    tensors = _tensors("none")
+    x, skip, bias, weights = tensors.positional()
+    for bad in ((x, skip.numpy(), bias, weights), (x, skip, bias, [*weights[:-1], 3])):
+        with pytest.raises((TypeError, RuntimeError), match="skip_weight" if bad[1] is not skip else "weights"):
+            functional.brenier_map(*bad, activations=ACTIVATIONS)
+
+
+def test_other_python_threads_run_during_a_call():
+    layer = il.BrenierMap(64, (256, 256))
+    x = torch.randn(1 << 17, 64)
+    with torch.no_grad():
+        thread = threading.Thread(target=layer, args=(x,))
+        thread.start()
+        ticks = 0
+        while thread.is_alive():
+            time.sleep(1e-3)
+            ticks += 1
+    assert ticks > 20
