@@ -27,7 +27,7 @@ inline constexpr int block_rows = 6;
 #if defined(__AVX512F__)
 inline constexpr int64_t piece_bytes = 36 * 1024;
 #else
-inline constexpr int64_t piece_bytes = 16 * 1024;
+inline constexpr int64_t piece_bytes = 24 * 1024;
 #endif
 
 namespace detail {
