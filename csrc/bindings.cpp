@@ -34,7 +34,7 @@ auto function_of(const c10::TypedOperatorHandle<Result(Arguments...)>& op) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information; importing it registers torch.ops.ilvae_fast.*";
+  m.doc() = "Build information, plans and operators; importing it registers torch.ops.ilvae_fast.*";
   m.def("build_info", [] {
     py::dict info;
     info["torch"] = ILVAE_TORCH_VERSION;
