@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("potential_and_map", function_of(ilvae::ops::potential_and_map()));
   m.def("training_terms", function_of(ilvae::ops::training_terms()));
   m.def("map_jvp", function_of(ilvae::ops::map_jvp()));
+  m.def("softplus", function_of(ilvae::ops::softplus()));
   py::class_<ilvae::Plan>(m, "Plan")
       .def_readonly("route", &ilvae::Plan::route)
       .def_readonly("reason", &ilvae::Plan::reason)

@@ -53,6 +53,10 @@ using MapJvpBackward = std::vector<Tensor>(at::TensorList cotangents, const Tens
                                            const OptionalTensor& embedding, const Tensor& tangent,
                                            at::IntArrayRef activations, Floats activation_parameters, int64_t needed);
 
+// -> non-negative weights, softplus(raw); -> gradients of raw. Both in softplus.cpp.
+using Softplus = std::vector<Tensor>(at::TensorList raw);
+using SoftplusBackward = std::vector<Tensor>(at::TensorList raw, at::TensorList cotangents);
+
 template <class Signature>
 const c10::TypedOperatorHandle<Signature>& handle(const char* name) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
@@ -65,5 +69,7 @@ inline const auto& training_terms_backward() {
   return handle<TrainingTermsBackward>("ilvae_fast::training_terms_backward");
 }
 inline const auto& map_jvp_backward() { return handle<MapJvpBackward>("ilvae_fast::map_jvp_backward"); }
+inline const auto& softplus() { return handle<Softplus>("ilvae_fast::softplus"); }
+inline const auto& softplus_backward() { return handle<SoftplusBackward>("ilvae_fast::softplus_backward"); }
 
 }  // namespace ilvae::ops

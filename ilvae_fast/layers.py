@@ -178,7 +178,7 @@ class BrenierMap(nn.Module):
 
     def nonneg_weights(self) -> list[Tensor]:
         """The effective, non-negative weights [W_2, .., W_K, w] of the raw ones."""
-        return [self.nonneg(raw) for raw in self.raw_weights]
+        return self.nonneg.of_all(list(self.raw_weights))
 
     def operands(self, x: Tensor, embedding: Tensor | int | None = None) -> functional.Operands:
         """The arguments of :mod:`ilvae_fast.functional` at ``x``."""

@@ -6,13 +6,13 @@ To add one, add a row to ``_TABLE``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from . import _backend, ops
 from ._errors import unknown_name
 
 
@@ -20,11 +20,13 @@ class _Kind(NamedTuple):
     effective: Callable[[Tensor, float], Tensor]
     raw: Callable[[Tensor, float], Tensor]  # a raw value of a positive effective one
     has_parameter: bool = False
+    together: Callable[[Sequence[Tensor]], list[Tensor]] | None = None  # the effective weights of many in one operator
 
 
 _TABLE = {
-    # threshold 40: exact in float64 too (exp(-40) < 2^-53), where the default of 20 errs by 2e-9
-    "softplus": _Kind(lambda r, _: F.softplus(r, 1.0, 40.0), lambda e, _: e + (-(-e).expm1()).log()),
+    "softplus": _Kind(
+        lambda r, _: ops.plain_softplus(r), lambda e, _: e + (-(-e).expm1()).log(), together=ops.softplus
+    ),
     "exp": _Kind(lambda r, _: r.exp(), lambda e, _: e.log()),
     "clamp": _Kind(lambda r, p: r.clamp(min=p), lambda e, p: e.clamp(min=p), has_parameter=True),
     "abs": _Kind(lambda r, _: r.abs(), lambda e, _: e),
@@ -59,7 +61,14 @@ class NonNegative:
 
     def __call__(self, raw: Tensor) -> Tensor:
         """The effective weight of ``raw`` (any shape), differentiable."""
-        return _TABLE[self.name].effective(raw, self.parameter or 0.0)
+        return self.of_all([raw])[0]
+
+    def of_all(self, raws: Sequence[Tensor]) -> list[Tensor]:
+        """The effective weights of several raw ones, for less than one after the other."""
+        kind = _TABLE[self.name]
+        if kind.together is not None and _backend._current == "native":
+            return kind.together(raws)
+        return [kind.effective(raw, self.parameter or 0.0) for raw in raws]
 
     def raw(self, effective: Tensor) -> Tensor:
         """A raw weight whose effective value is ``effective`` (> 0; ``clamp`` raises it to its minimum)."""

@@ -3,11 +3,12 @@
     potential_and_map   order 0 and 1
     training_terms      their gradients (needs second derivatives of the activations)
     map_jvp             the map and its directional derivative
+    softplus            non-negative weights of raw ones, on the CPU
 
 Schemas, argument checks, fake (meta) kernels, autocast and first-order autograd are C++ (``csrc/ops.cpp``,
-``csrc/autograd.cpp``). Here is what has to be Python: derivatives of higher order, and the rules for ``torch.func``
-and forward-mode differentiation, which a C++ autograd function cannot have. All of them differentiate one plain
-function, the potential of :mod:`ilvae_fast.reference`, so they hold to any order.
+``csrc/autograd.cpp``, ``csrc/softplus.cpp``). Here is what has to be Python: derivatives of higher order, and the rules
+for ``torch.func`` and forward-mode differentiation, which a C++ autograd function cannot have. All of them
+differentiate one plain function, the potential of :mod:`ilvae_fast.reference`, so they hold to any order.
 
 Tensors travel in one order, that of the gradients too: x, skip_weight, bias, inverse_lipschitz, embedding, weights...
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from . import reference
@@ -455,3 +457,24 @@ def _map_jvp_backward(
 
 _library.impl("training_terms_backward", _training_terms_backward, "CompositeImplicitAutograd")
 _library.impl("map_jvp_backward", _map_jvp_backward, "CompositeImplicitAutograd")
+
+
+def plain_softplus(raw: Tensor) -> Tensor:
+    """softplus, exact in float64 too: exp(-40) < 2^-53, where the default threshold of 20 errs by 2e-9."""
+    return F.softplus(raw, 1.0, 40.0)
+
+
+def softplus(raws: Sequence[Tensor]) -> list[Tensor]:
+    """softplus of several tensors by one operator where all are plain ones of the CPU, else by PyTorch's own."""
+    watched = torch.compiler.is_compiling() or _transforms_active() or has_torch_function(tuple(raws))
+    if raws and not watched and all(_is_plain(raw) for raw in raws):
+        return _C.softplus(raws)
+    return [plain_softplus(raw) for raw in raws]
+
+
+def _is_plain(t: Tensor) -> bool:
+    return (
+        (type(t) is torch.nn.Parameter or type(t) is Tensor)
+        and t.is_cpu
+        and (t.dtype == torch.float32 or t.dtype == torch.float64)
+    )

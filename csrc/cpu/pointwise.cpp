@@ -20,6 +20,31 @@ const AllRowKernels& row_kernels() {
   return baseline::kernels;
 }
 
+template <class T>
+const WeightKernels<T>& weight_kernels() {
+  const auto& all = []() -> const AllWeightKernels& {
+#if defined(ILVAE_X86)
+    if (isa() == Isa::avx512) return avx512::weight_kernels;
+    if (isa() == Isa::avx2) return avx2::weight_kernels;
+#endif
+    return baseline::weight_kernels;
+  }();
+  if constexpr (std::is_same_v<T, double>) {
+    return all.float64;
+  } else {
+    return all.float32;
+  }
+}
+
+// Splits n elements among torch's threads. All splits but the last have whole vectors, so that the split of an element
+// does not decide how it is computed.
+template <class Body>
+void for_element_ranges(int64_t n, const Body& body) {
+  constexpr int64_t block = 64, grain_blocks = 256;
+  at::parallel_for(0, (n + block - 1) / block, grain_blocks,
+                   [&](int64_t begin, int64_t end) { body(begin * block, std::min(n, end * block)); });
+}
+
 template <class Real, class Operand>
 const RowKernels<Real, Operand>& select() {
   if constexpr (std::is_same_v<Real, double>) {
@@ -66,8 +91,25 @@ const PointwiseKernels<Real, Operand>& pointwise_kernels() {
   return kernels;
 }
 
+template <class T>
+void softplus(T* weight, const T* raw, int64_t n) {
+  for_element_ranges(
+      n, [&](int64_t begin, int64_t end) { weight_kernels<T>().softplus(weight + begin, raw + begin, end - begin); });
+}
+
+template <class T>
+void softplus_backward(T* gradient, const T* raw, const T* cotangent, int64_t n) {
+  for_element_ranges(n, [&](int64_t begin, int64_t end) {
+    weight_kernels<T>().softplus_backward(gradient + begin, raw + begin, cotangent + begin, end - begin);
+  });
+}
+
 template const PointwiseKernels<double, double>& pointwise_kernels();
 template const PointwiseKernels<float, float>& pointwise_kernels();
 template const PointwiseKernels<float, bfloat16>& pointwise_kernels();
+template void softplus(double*, const double*, int64_t);
+template void softplus(float*, const float*, int64_t);
+template void softplus_backward(double*, const double*, const double*, int64_t);
+template void softplus_backward(float*, const float*, const float*, int64_t);
 
 }  // namespace ilvae::cpu

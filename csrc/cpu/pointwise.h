@@ -21,20 +21,40 @@ struct AllRowKernels {
   RowKernels<float, bfloat16> bfloat16_operands;
 };
 
+// Non-negative weights from n raw ones, and gradients of the raw ones.
+template <class T>
+struct WeightKernels {
+  void (*softplus)(T* weight, const T* raw, int64_t n);
+  void (*softplus_backward)(T* gradient, const T* raw, const T* cotangent, int64_t n);
+};
+
+struct AllWeightKernels {
+  WeightKernels<double> float64;
+  WeightKernels<float> float32;
+};
+
 namespace baseline {
 extern const AllRowKernels kernels;
-}
+extern const AllWeightKernels weight_kernels;
+}  // namespace baseline
 #if defined(ILVAE_X86)
 namespace avx2 {
 extern const AllRowKernels kernels;
-}
+extern const AllWeightKernels weight_kernels;
+}  // namespace avx2
 namespace avx512 {
 extern const AllRowKernels kernels;
-}
+extern const AllWeightKernels weight_kernels;
+}  // namespace avx512
 #endif
 
 // Multi-threaded kernels for the instruction set in use.
 template <class Real, class Operand>
 const PointwiseKernels<Real, Operand>& pointwise_kernels();
+
+template <class T>
+void softplus(T* weight, const T* raw, int64_t n);
+template <class T>
+void softplus_backward(T* gradient, const T* raw, const T* cotangent, int64_t n);
 
 }  // namespace ilvae::cpu

@@ -1,5 +1,5 @@
-// The pointwise kernels on a range of rows, written once and compiled for each instruction set (pointwise_*.cpp define
-// ILVAE_ISA and set the flags). Loops run along a row, where memory is contiguous.
+// The pointwise kernels, on a range of rows or of weights, written once and compiled for each instruction set
+// (pointwise_*.cpp define ILVAE_ISA and set the flags). Loops run along a row, where memory is contiguous.
 //
 // Nothing here may leave an inline function with external linkage in the object file (no standard containers): the
 // linker could take a copy that needs AVX-512 for every other file.
@@ -7,6 +7,7 @@
 
 #include "core/bfloat16.h"
 #include "cpu/pointwise.h"
+#include "cpu/vectors.h"
 
 namespace ilvae::cpu::ILVAE_ISA {
 
@@ -172,5 +173,26 @@ struct Rows {
 
 extern const AllRowKernels kernels{Rows<double, double>::kernels, Rows<float, float>::kernels,
                                    Rows<float, bfloat16>::kernels};
+
+template <class T>
+struct Weights {
+  static void softplus(T* weight, const T* raw, int64_t n) {
+    const Function<ActivationKind::softplus, T> s(1.0);
+    const int64_t whole = n - n % lanes_of<T>;
+    activate(s, raw, whole, [&](int64_t i, const auto& at) { at.value.store(weight + i); });
+    for (int64_t i = whole; i < n; ++i) weight[i] = s(raw[i]).value;
+  }
+  static void softplus_backward(T* gradient, const T* raw, const T* cotangent, int64_t n) {
+    const Function<ActivationKind::softplus, T> s(1.0);
+    const int64_t whole = n - n % lanes_of<T>;
+    activate(s, raw, whole, [&]<class V>(int64_t i, const Derivatives<V>& at) {
+      (V::load(cotangent + i) * at.first).store(gradient + i);
+    });
+    for (int64_t i = whole; i < n; ++i) gradient[i] = cotangent[i] * s(raw[i]).first;
+  }
+  static constexpr WeightKernels<T> kernels{softplus, softplus_backward};
+};
+
+extern const AllWeightKernels weight_kernels{Weights<double>::kernels, Weights<float>::kernels};
 
 }  // namespace ilvae::cpu::ILVAE_ISA

@@ -1,0 +1,147 @@
+// Non-negative weights, softplus(raw), of all layers in one operator of the CPU: its schema, kernels and derivatives.
+#include <ATen/ops/sigmoid.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "cpu/pointwise.h"
+#include "ops.h"
+#include "problem.h"
+
+namespace ilvae::ops {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+void check(at::TensorList raw) {
+  for (size_t k = 0; k < raw.size(); ++k) {
+    const auto dtype = raw[k].scalar_type();
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble, "raw[", k, "]: got dtype ", dtype,
+                      ", wanted float64 or float32");
+  }
+}
+
+void check_cotangents(at::TensorList raw, at::TensorList cotangents) {
+  check(raw);
+  TORCH_CHECK_VALUE(cotangents.size() == raw.size(), "cotangents: got ", cotangents.size(), ", wanted ", raw.size(),
+                    ", one for each tensor of raw");
+  for (size_t k = 0; k < raw.size(); ++k) {
+    TORCH_CHECK_VALUE(cotangents[k].sym_sizes() == raw[k].sym_sizes(), "cotangents[", k, "]: got shape ",
+                      cotangents[k].sym_sizes(), ", wanted ", raw[k].sym_sizes(), ", that of raw[", k, "]");
+    TORCH_CHECK_VALUE(cotangents[k].scalar_type() == raw[k].scalar_type(), "cotangents[", k, "]: got dtype ",
+                      cotangents[k].scalar_type(), ", wanted ", raw[k].scalar_type(), ", that of raw[", k, "]");
+  }
+}
+
+template <class Body>
+void for_real(const Tensor& t, const Body& body) {
+  t.scalar_type() == at::kDouble ? body(double()) : body(float());
+}
+
+std::vector<Tensor> softplus_cpu(at::TensorList raw) {
+  check(raw);
+  std::vector<Tensor> weights;
+  weights.reserve(raw.size());
+  for (const auto& r : raw) {
+    const auto from = r.contiguous();
+    const auto& to = weights.emplace_back(allocate(r, r.sizes(), r.scalar_type()));
+    for_real(r, [&]<class T>(T) { cpu::softplus<T>(to.data_ptr<T>(), from.data_ptr<T>(), r.numel()); });
+  }
+  return weights;
+}
+
+std::vector<Tensor> softplus_backward_cpu(at::TensorList raw, at::TensorList cotangents) {
+  check_cotangents(raw, cotangents);
+  std::vector<Tensor> gradients;
+  gradients.reserve(raw.size());
+  for (size_t k = 0; k < raw.size(); ++k) {
+    const auto from = raw[k].contiguous(), cotangent = cotangents[k].contiguous();
+    const auto& to = gradients.emplace_back(allocate(from, from.sizes(), from.scalar_type()));
+    for_real(from, [&]<class T>(T) {
+      cpu::softplus_backward<T>(to.data_ptr<T>(), from.data_ptr<T>(), cotangent.data_ptr<T>(), from.numel());
+    });
+  }
+  return gradients;
+}
+
+std::vector<Tensor> softplus_meta(at::TensorList raw) {
+  check(raw);
+  std::vector<Tensor> weights;
+  for (const auto& r : raw) weights.push_back(at::empty_symint(r.sym_sizes(), r.options()));
+  return weights;
+}
+
+std::vector<Tensor> softplus_backward_meta(at::TensorList raw, at::TensorList cotangents) {
+  check_cotangents(raw, cotangents);
+  return softplus_meta(raw);
+}
+
+struct SoftplusFunction : Function<SoftplusFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList raw) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(raw.vec());
+    ctx->set_materialize_grads(false);
+    return softplus().call(raw);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
+    const auto raw = ctx->get_saved_variables();
+    variable_list gradients(raw.size()), wanted, given;
+    // by ATen, which is differentiable and has rules for vmap, where somebody asks for more than numbers
+    constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+    bool plain = at::GradMode::is_enabled();
+    std::vector<size_t> needed;
+    for (size_t k = 0; k < raw.size(); ++k) {
+      if (!cotangents[k].defined() || !ctx->needs_input_grad(k)) continue;
+      plain = plain || cotangents[k].key_set().has_any(batched);
+      needed.push_back(k);
+      wanted.push_back(raw[k]);
+      given.push_back(cotangents[k]);
+    }
+    if (needed.empty()) return gradients;
+    if (plain) {
+      for (const auto k : needed) gradients[k] = cotangents[k] * at::sigmoid(raw[k]);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      auto terms = softplus_backward().call(wanted, given);
+      for (size_t i = 0; i < needed.size(); ++i) gradients[needed[i]] = std::move(terms[i]);
+    }
+    return gradients;
+  }
+};
+
+std::vector<Tensor> softplus_autograd(at::TensorList raw) {
+  bool records = false;
+  for (const auto& r : raw) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!r._fw_grad(0).defined(), "softplus: the operator itself has no forward-mode ",
+                                "derivative; il.NonNegative has one");
+    records = records || r.requires_grad();
+  }
+  if (records && at::GradMode::is_enabled()) return SoftplusFunction::apply(raw);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return softplus().call(raw);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ilvae_fast, m) {
+  const std::vector<at::Tag> tags{at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
+  m.def("softplus(Tensor[] raw) -> Tensor[]", tags);
+  m.def("softplus_backward(Tensor[] raw, Tensor[] cotangents) -> Tensor[]", tags);
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, CPU, m) {
+  m.impl("softplus", softplus_cpu);
+  m.impl("softplus_backward", softplus_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, Meta, m) {
+  m.impl("softplus", softplus_meta);
+  m.impl("softplus_backward", softplus_backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(ilvae_fast, Autograd, m) { m.impl("softplus", softplus_autograd); }
+
+}  // namespace ilvae::ops
