@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "batched.h"
 #include "ops.h"
 #include "problem.h"
 
@@ -111,10 +112,12 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     int64_t wanted = 0;
     for (size_t i = 0; i < grad_weights + layers; ++i) wanted |= int64_t(edges.next(kept[i].defined())) << i;
     auto terms = at_next_order([&] {
-      return training_terms().call(kept[grad_x], kept[grad_skip_weight], kept[grad_bias], weights,
-                                   kept[grad_inverse_lipschitz], optional(kept[grad_embedding]),
-                                   optional(cotangents[1]), optional(cotangents[0]), saved, s.activations, s.parameters,
-                                   wanted, s.product_dtype, s.route);
+      return for_each_cotangent(cotangents, [&](const variable_list& c) {
+        return training_terms().call(kept[grad_x], kept[grad_skip_weight], kept[grad_bias], weights,
+                                     kept[grad_inverse_lipschitz], optional(kept[grad_embedding]), optional(c[1]),
+                                     optional(c[0]), saved, s.activations, s.parameters, wanted, s.product_dtype,
+                                     s.route);
+      });
     });
     for (size_t i = 0; i < terms.size(); ++i) {
       if ((wanted >> i) & 1) gradients[i] = std::move(terms[i]);
@@ -159,11 +162,13 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
       if ((s.wanted >> i) & 1) given.push_back(cotangents[i]);
     }
     auto terms = without_autocast([&] {
-      return training_terms_backward().call(given, kept[first + grad_x], kept[first + grad_skip_weight],
-                                            kept[first + grad_bias], at::TensorList(kept).slice(first + grad_weights),
-                                            kept[first + grad_inverse_lipschitz],
-                                            optional(kept[first + grad_embedding]), optional(kept[0]),
-                                            optional(kept[1]), s.activations, s.parameters, s.wanted, needed);
+      return for_each_cotangent(given, [&](const variable_list& c) {
+        return training_terms_backward().call(c, kept[first + grad_x], kept[first + grad_skip_weight],
+                                              kept[first + grad_bias], at::TensorList(kept).slice(first + grad_weights),
+                                              kept[first + grad_inverse_lipschitz],
+                                              optional(kept[first + grad_embedding]), optional(kept[0]),
+                                              optional(kept[1]), s.activations, s.parameters, s.wanted, needed);
+      });
     });
     variable_list gradients(kept.size() + 1);
     for (size_t i = 0; i < kept.size(); ++i) {
@@ -195,10 +200,12 @@ struct MapJvpFunction : Function<MapJvpFunction> {
     int64_t needed = 0;
     for (size_t i = 0; i < kept.size(); ++i) needed |= int64_t(edges.next(kept[i].defined())) << i;
     auto terms = without_autocast([&] {
-      return map_jvp_backward().call(cotangents, kept[first + grad_x], kept[first + grad_skip_weight],
-                                     kept[first + grad_bias], at::TensorList(kept).slice(first + grad_weights),
-                                     kept[first + grad_inverse_lipschitz], optional(kept[first + grad_embedding]),
-                                     kept[0], s.activations, s.parameters, needed);
+      return for_each_cotangent(cotangents, [&](const variable_list& c) {
+        return map_jvp_backward().call(c, kept[first + grad_x], kept[first + grad_skip_weight], kept[first + grad_bias],
+                                       at::TensorList(kept).slice(first + grad_weights),
+                                       kept[first + grad_inverse_lipschitz], optional(kept[first + grad_embedding]),
+                                       kept[0], s.activations, s.parameters, needed);
+      });
     });
     variable_list gradients(kept.size() + 1);
     for (size_t i = 0; i < kept.size(); ++i) {

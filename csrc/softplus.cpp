@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "batched.h"
 #include "cpu/pointwise.h"
 #include "ops.h"
 #include "problem.h"
@@ -89,23 +90,20 @@ struct SoftplusFunction : Function<SoftplusFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
     const auto raw = ctx->get_saved_variables();
     variable_list gradients(raw.size()), wanted, given;
-    // by ATen, which is differentiable and has rules for vmap, where somebody asks for more than numbers
-    constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
-    bool plain = at::GradMode::is_enabled();
     std::vector<size_t> needed;
     for (size_t k = 0; k < raw.size(); ++k) {
       if (!cotangents[k].defined() || !ctx->needs_input_grad(k)) continue;
-      plain = plain || cotangents[k].key_set().has_any(batched);
       needed.push_back(k);
       wanted.push_back(raw[k]);
       given.push_back(cotangents[k]);
     }
     if (needed.empty()) return gradients;
-    if (plain) {
+    if (at::GradMode::is_enabled()) {  // by ATen, which is differentiable again
       for (const auto k : needed) gradients[k] = cotangents[k] * at::sigmoid(raw[k]);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      auto terms = softplus_backward().call(wanted, given);
+      auto terms =
+          for_each_cotangent(given, [&](const variable_list& c) { return softplus_backward().call(wanted, c); });
       for (size_t i = 0; i < needed.size(); ++i) gradients[needed[i]] = std::move(terms[i]);
     }
     return gradients;

@@ -231,6 +231,58 @@ def test_functional_call_and_ensembles():
     torch.testing.assert_close(ours, torch.stack([layer(x) for layer in layers]))
 
 
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("name", ["brenier_map", "potential", "jvp", "vjp"])
+def test_a_batch_of_cotangents_is_one_after_the_other(name, way, embedding):
+    tensors = _tensors(embedding)
+    tensors.requires_grad()
+    x, *rest = tensors.positional()
+    variables = [x, rest[0], rest[1], *rest[2]]
+    options = tensors.options()
+    value = {
+        "brenier_map": lambda: functional.brenier_map(x, *rest, **options),
+        "potential": lambda: functional.potential(x, *rest, **options),
+        "jvp": lambda: functional.brenier_map_jvp(x, x.detach().flip(0), *rest, **options)[1],
+        "vjp": lambda: functional.brenier_map_vjp(x, *rest, map_cotangent=tensors.v, **options).skip_weight,
+    }[name]()
+
+    def pull(cotangent, **how):
+        return torch.autograd.grad(value, variables, cotangent, retain_graph=True, allow_unused=True, **how)
+
+    for count in (0, 1, 3) if way == "vmap" else (1, 3):
+        cotangents = torch.randn(count, *value.shape, dtype=torch.float64)
+        batched = pull(cotangents, is_grads_batched=True) if way != "vmap" else vmap(pull)(cotangents)
+        one_by_one = [pull(c) for c in cotangents]
+        for k, (variable, ours) in enumerate(zip(variables, batched, strict=True)):
+            assert ours.shape == (count, *variable.shape)
+            for a, b in zip(ours, one_by_one, strict=True):
+                assert torch.equal(a, b[k])
+
+
+def test_nested_batches_of_cotangents():
+    layer = il.BrenierMap(3, (4, 5), dtype=torch.float64)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    variables, t = [x, *layer.parameters()], layer(x)
+
+    def pull(v, scale):
+        return torch.autograd.grad(t, variables, v * scale, retain_graph=True)
+
+    v, scale = torch.randn(4, 2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    nested = vmap(vmap(pull, (None, 0)), (0, None))(v, scale)
+    for a, b in zip(nested, pull(v[3], scale[2]), strict=True):
+        torch.testing.assert_close(a[3, 2], b)
+
+
+def test_vectorised_jacobians_and_hessians():
+    layer = il.BrenierMap(3, (4, 5), dtype=torch.float64)
+    x = torch.randn(3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    torch.testing.assert_close(jacobian, layer.jacobian(x))
+    hessian = torch.autograd.functional.hessian(layer.potential, x, vectorize=True)
+    torch.testing.assert_close(hessian, layer.jacobian(x))
+
+
 # torch.compile
 
 
