@@ -152,6 +152,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
     for (const auto& w : weights) parameters += w.numel();
     if (few_rows(x.numel() / x.size(-1), parameters)) taken = Route::matmul;
   }
+  TORCH_CHECK_VALUE(
+      !(save && x.is_cuda() && taken == Route::fused), "save: got True, wanted False on the fused route of ",
+      "a CUDA device, whose training terms recompute; the matmul route (", int64_t(Route::matmul), ") saves");
   auto values = run_potential_and_map(c, taken, want_potential, want_map, save);
   const auto none = [&] { return allocate(x, {0}, c.output_dtype()); };
   const auto shaped = [&](const Tensor& t, const std::vector<int64_t>& sizes) {

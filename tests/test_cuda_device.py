@@ -162,6 +162,15 @@ def test_mixed_devices_and_dtypes_are_named():
         functional.brenier_map(x, skip.half(), bias, weights, **tensors.options())
 
 
+def test_the_fused_route_refuses_to_save():
+    tensors = _on_device(NETWORKS["2, 32x2"].tensors(torch.float32))
+    x, skip_weight, bias, weights = tensors.positional()
+    operands = (x, skip_weight, bias, weights, tensors.named["inverse_lipschitz"], None, [0] * 3, [1.0] * 3)
+    with pytest.raises(ValueError, match=r"save: got True, wanted False on the fused route .* matmul route \(1\)"):
+        torch.ops.ilvae_fast.potential_and_map(*operands, True, True, True)
+    assert len(torch.ops.ilvae_fast.potential_and_map(*operands, True, True, True, None, 1)[2]) == 3
+
+
 def test_another_stream():
     tensors = _on_device(NETWORKS["32, 128x2"].tensors(torch.float32))
     expected = tensors.outputs()[1]
