@@ -24,7 +24,7 @@ def _maps(state: Mapping[str, Tensor]) -> str:
     )
 
 
-def from_lidvae(state_dict: Mapping[str, Tensor], inverse_lipschitz: float = 0.5) -> BrenierDecoder:
+def from_lidvae(state_dict: Mapping[str, Tensor], inverse_lipschitz: float) -> BrenierDecoder:
     """The :class:`BrenierDecoder` equal to the decoder of a PyTorch LIDVAE checkpoint.
 
     The layout: for each of the two maps i, ``decoder.{i}.A0.{weight,bias}`` the skip terms of the first layer,
@@ -34,7 +34,8 @@ def from_lidvae(state_dict: Mapping[str, Tensor], inverse_lipschitz: float = 0.5
 
     Args:
         state_dict: of the whole model or of the part that holds ``decoder``.
-        inverse_lipschitz: the one constant of both maps, which the checkpoint does not hold.
+        inverse_lipschitz: the one constant of both maps, as it was trained with. The checkpoint does not hold it, and
+            another one is another decoder; that code's own default is 0.
 
     Returns:
         A decoder in the dtype of the checkpoint, on the CPU, with ``nonneg="exp"``: raw weights are the ``param``.

@@ -217,9 +217,10 @@ def mutual_information(
     parts = [model.inference(x) for x in _batches(data, batch_size)]
     posterior = type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     count, total = len(posterior.mean), 0.0
-    densities = posterior[0][0].numel()
+    densities = max(tensor[0].numel() for tensor in posterior)  # numbers of one datum's q(z|x) at a z
     for _ in range(num_samples):
         z = posterior.sample(generator=generator)
+        # at z as it was rounded, as the aggregate is, of which it then is a term: their ratio is at most N
         total += posterior.log_prob(z).double().sum().item()
         for part in z.split(max(1, _PAIRS // (count * densities))):
             aggregate = posterior.log_prob(part.unsqueeze(1)).logsumexp(1) - math.log(count)

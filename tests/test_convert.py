@@ -30,17 +30,22 @@ def test_outputs_and_gradients_are_equal_to_rounding(theirs):
 
 def test_a_whole_model_and_its_dtype(theirs):
     state = {f"model.{k}": v.float() for k, v in theirs.state_dict().items()} | {"encoder.weight": torch.ones(1)}
-    decoder = il.convert.from_lidvae(state)
+    decoder = il.convert.from_lidvae(state, 0.0)
     assert decoder.data_map.skip_weight.dtype == torch.float32
     assert decoder(torch.randn(2, 3)).shape == (2, 9)
 
 
+def test_the_constant_has_no_default(theirs):
+    with pytest.raises(TypeError, match="inverse_lipschitz"):
+        il.convert.from_lidvae(theirs.state_dict())
+
+
 def test_refusals(theirs):
     with pytest.raises(ValueError, match=r"state_dict: got keys .*wanted the layout of LIDVAE"):
-        il.convert.from_lidvae({"weight": torch.ones(1)})
+        il.convert.from_lidvae({"weight": torch.ones(1)}, 0.5)
     state = theirs.state_dict()
     with pytest.raises(ValueError, match=r"no key 'decoder\.1\.A\.1\.bias'"):
-        il.convert.from_lidvae({k: v for k, v in state.items() if k != "decoder.1.A.1.bias"})
+        il.convert.from_lidvae({k: v for k, v in state.items() if k != "decoder.1.A.1.bias"}, 0.5)
     state["decoder.1.W.1.param"] = torch.zeros(5, 6)
     with pytest.raises(ValueError, match=r"W\.1 of a map has shape \(5, 6\), wanted \(4, 5\)|has shape"):
-        il.convert.from_lidvae(state)
+        il.convert.from_lidvae(state, 0.5)

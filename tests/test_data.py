@@ -181,12 +181,18 @@ def test_a_damaged_file_is_named(tmp_path, small_mnist, name, damage, message):
 
 def test_omniglot_labels_number_the_characters(tmp_path):
     (tmp_path / "omniglot").mkdir()
-    for part, count in (("background", 60), ("evaluation", 40)):
-        content = idx(np.zeros((count, 28, 28), np.uint8))
-        (tmp_path / "omniglot" / f"{part}-28x28-images-idx3-ubyte").write_bytes(content)
-    loaded = data.load("omniglot", tmp_path, verify=False)
+    for part, count in (("background", 60), ("evaluation", 100)):
+        numbered = np.arange(count, dtype=np.uint8).reshape(count, 1, 1).repeat(28, 1).repeat(28, 2)
+        (tmp_path / "omniglot" / f"{part}-28x28-images-idx3-ubyte").write_bytes(idx(numbered))
+    state = torch.get_rng_state()
+    loaded, again = (data.load("omniglot", tmp_path, verify=False) for _ in range(2))
     assert loaded.train_labels.tolist() == sorted([0, 1, 2] * 20)
-    assert loaded.test_labels.tolist() == sorted([3, 4] * 20)
+    numbers = (loaded.test[:, 0] * 255).round().long()
+    assert numbers.sort().values.tolist() == list(range(100))
+    assert torch.equal(loaded.test_labels, 3 + numbers // 20)
+    assert set(loaded.test_labels[:20].tolist()) == {3, 4, 5, 6, 7}  # the first ones are of all characters
+    assert torch.equal(loaded.test, again.test)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.slow
@@ -280,6 +286,29 @@ def test_lines_of_text_become_tokens_and_come_back(tmp_path):
     assert set(words.to_text(words.train)) == {"<unk><eos>".replace("><", "> <"), "abba <eos>", "<unk> <unk> <eos>"}
 
 
+def test_reserved_words_in_a_text_are_the_reserved_tokens(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("a <unk> b <eos>\n" * 10)
+    words = data.load(f"text:{path}", level="word", length=6)
+    assert sorted(words.vocabulary) == ["<eos>", "<unk>", "a", "b"]
+    assert words.vocabulary[:2] == ("<eos>", "<unk>")
+    a, b = words.vocabulary.index("a"), words.vocabulary.index("b")
+    assert words.train.unique(dim=0).tolist() == [[a, 1, b, 0, -1, -1]]
+    assert set(words.to_text(words.test)) == {"a <unk> b <eos>"}
+    letters = data.load(f"text:{path}", length=20)  # where they are none
+    assert set("<eos>unkab ") == set(letters.vocabulary[2:])
+    assert set(letters.to_text(letters.train)) == {"a <unk> b <eos><eos>"}
+
+
+def test_tokens_of_the_test_part_alone_are_unknown(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("".join(f"word{k} the\n" for k in range(20)))
+    words = data.load(f"text:{path}", level="word", test_fraction=0.25)
+    assert len(words.vocabulary) == 2 + 15 + 1
+    assert set(words.to_text(words.test)) == {"<unk> the <eos>"}
+    assert (words.train != 1).all()
+
+
 def test_bad_text_is_refused(tmp_path):
     path = tmp_path / "poem.txt"
     path.write_bytes(b"\xff\xfe\n")
@@ -301,9 +330,11 @@ def test_arrays_are_scaled_flattened_and_split(tmp_path):
     loaded = data.load(f"npz:{path}", test_fraction=0.25)
     assert (len(loaded.train), len(loaded.test), loaded.shape) == (15, 5, (2, 3))
     torch.testing.assert_close(loaded.test, torch.from_numpy(x[loaded.test_labels].reshape(5, 6) / np.float32(255)))
+    assert loaded.unit_range
     np.savez(path, x_train=x.astype(np.float64), x_test=x[:3] + 1.5)
     loaded = data.load(f"npz:{path}")
     assert loaded.test_labels is None
+    assert not loaded.unit_range
     torch.testing.assert_close(loaded.test, torch.from_numpy(x[:3].reshape(3, 6) + 1.5).float())
 
 
@@ -315,12 +346,31 @@ def test_arrays_are_scaled_flattened_and_split(tmp_path):
         ({"x_train": np.zeros((3, 2)), "y_train": np.zeros(2)}, r"y_train has shape \(2,\)"),
         ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((3, 4))}, "x_test"),
         ({"x_train": np.array([["a", "b"]])}, "x_train is <U1"),
+        (
+            {"x_train": np.zeros((3, 2), np.uint8), "x_test": np.zeros((3, 2), np.int64)},
+            "x_test is int64, wanted the type of x_train, uint8",
+        ),
+        ({"x_train": np.array([[0.0, np.nan], [np.inf, 1.0], [1.0, 1.0]])}, "x_train has 2 values that are NaN or inf"),
+        ({"x_train": np.zeros((3, 2)), "x_test": np.full((1, 2), 1e300)}, "x_test has 2 values that are NaN or inf"),
+        ({"x_train": np.zeros((3, 2)), "y_train": np.array([0.0, 0.25, 0.75])}, r"y_train has 2 labels like 0\.25"),
+        ({"x_train": np.zeros((3, 2)), "y_train": np.array([0, -1, 2])}, "y_train has 1 labels like -1, wanted whole"),
+        ({"x_train": np.zeros((3, 2)), "y_train": np.array([0, np.nan, np.inf])}, "y_train has 2 labels like nan"),
+        ({"x_train": np.zeros((3, 2)), "y_train": np.array(["0", "1", "2"])}, "y_train is <U1, wanted whole"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "arrays.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         data.load(f"npz:{tmp_path / 'arrays.npz'}")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint8, np.int32])
+def test_labels_may_be_of_any_type_that_holds_whole_numbers(tmp_path, dtype):
+    path = tmp_path / "arrays.npz"
+    np.savez(path, x_train=np.zeros((3, 2)), x_test=np.zeros((1, 2)), y_train=np.array([0, 7, 2], dtype))
+    labels = data.load(f"npz:{path}").train_labels
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0, 7, 2]
 
 
 def test_what_numpy_did_not_write_is_refused(tmp_path):

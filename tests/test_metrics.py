@@ -194,6 +194,22 @@ def test_mutual_information_against_a_grid(latent_dim, kind, monkeypatch):
     assert metrics.mutual_information(posterior_of(posterior), x, 800, batch_size=2) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+def test_mutual_information_holds_no_more_densities_than_it_may(kind, monkeypatch):
+    posterior, held = random_posterior(kind, 6, 4), []
+
+    class Watched(type(posterior)):
+        def log_prob(self, z):
+            if z.dim() == 3:  # z of some data under the posteriors of all
+                held.append(len(z) * self[1].numel())
+            return super().log_prob(z)
+
+    monkeypatch.setattr(metrics, "_PAIRS", 2 * posterior[1].numel())
+    x = torch.arange(6.0, dtype=DTYPE).unsqueeze(-1)
+    metrics.mutual_information(posterior_of(Watched(*posterior)), x)
+    assert held == [2 * posterior[1].numel()] * 3
+
+
 def test_mutual_information_of_a_linear_model_and_its_extremes():
     linear = Linear(2, 5, num_data=1500)
     estimate = metrics.mutual_information(linear.model, linear.x, 2, generator=seeded())

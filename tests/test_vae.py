@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import distributions
 
-from ilvae_fast import BrenierDecoder, _files
+from ilvae_fast import Activation, BrenierDecoder, NonNegative, _files
 from ilvae_fast.vae import (
     CONFIGURATIONS,
     LIKELIHOODS,
@@ -77,6 +77,34 @@ def test_a_configuration_survives_json(name):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": Activation("smooth_leaky_relu", 0.3), "nonneg": NonNegative("clamp", 1e-6)},
+        {
+            "activation": ("celu", Activation("softplus", 2.0)),
+            "first_activation": Activation("squared_leaky_relu", 0.1),
+            "nonneg": ("exp", NonNegative("square")),
+        },
+    ],
+    ids=["single", "pairs"],
+)
+def test_activations_and_parametrisations_survive_json_and_files(tmp_path, options):
+    model, x = small_model(decoder_options=options), batch(4)
+    plain = json.loads(json.dumps(model.config.to_dict()))
+    assert Config.from_dict(plain) == model.config
+    model.save_pretrained(tmp_path)
+    loaded = VAE.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded.decode(x[:, :3]), model.decode(x[:, :3]))
+    assert not torch.equal(small_model().decode(x[:, :3]), model.decode(x[:, :3]))
+
+
+def test_a_parameter_may_be_given_as_json_has_it():
+    config = small(decoder_options={"nonneg": {"name": "clamp", "parameter": 0.1}, "activation": {"name": "celu"}})
+    assert config.decoder_options == {"nonneg": NonNegative("clamp", 0.1), "activation": Activation("celu")}
+
+
 def test_the_published_models_differ_in_decoder_and_constant():
     models = {name: small_model(name) for name in CONFIGURATIONS}
     for letter, family in (("", ""), ("gm", "m"), ("s", "s")):
@@ -114,6 +142,13 @@ def test_a_single_constant_stands_for_both_maps():
         ({"decoder_hidden": ((8,), (8, -1))}, ValueError, r"decoder_hidden\[1\]\[1\]: got -1"),
         ({"kl_weight": -1}, ValueError, "kl_weight: got -1"),
         ({"kl_weight": "1"}, TypeError, "kl_weight: got str"),
+        ({"decoder_options": {"nonneg": {"parameter": 1.0}}}, ValueError, "nonneg: got none called 'name'"),
+        ({"decoder_options": {"activation": {"name": "celu", "alpha": 1}}}, ValueError, "activation: got 'alpha'"),
+        (
+            {"decoder_options": {"activation": ["celu", {"name": "celu", "parameter": "1e-3"}]}},
+            TypeError,
+            r"decoder_options\.activation\.parameter: got str '1e-3'.*YAML",
+        ),
         ({"likelihood_options": 3}, TypeError, "likelihood_options: got 3"),
         ({"prior": "mixture"}, ValueError, "prior: got 'mixture'.*nearest: 'gaussian_mixture'"),
         ({"encoder": "convolution"}, ValueError, "encoder: got 'convolution'.*nearest: 'conv'"),
@@ -184,6 +219,28 @@ def test_bernoulli_likelihood():
     assert abs(samples.mean() - theirs.mean.new_tensor(1.0).sigmoid()) < 0.02
 
 
+def test_bernoulli_logits_are_exact_in_float64_whatever_their_size():
+    f = torch.tensor([-50.0, 0.0, 19.5, 20.5, 25.0, 35.0, 800.0], dtype=torch.float64).unsqueeze(-1).requires_grad_()
+    log_prob = Bernoulli().log_prob(torch.zeros_like(f), f)
+    expected = [-max(v, 0.0) - math.log1p(math.exp(-abs(v))) for v in f.flatten().tolist()]
+    torch.testing.assert_close(log_prob, f.new_tensor(expected), rtol=1e-15, atol=0)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), f)
+    torch.testing.assert_close(gradient, -f.detach().sigmoid(), rtol=1e-15, atol=0)
+
+
+def test_data_outside_a_likelihoods_range_are_refused_with_theirs():
+    for likelihood in (Bernoulli(), ContinuousBernoulli()):
+        likelihood.check(batch(4).round())
+        with pytest.raises(ValueError, match=r"x: got values from -0\.5 to 3, wanted .*grey values in \[0, 1\]"):
+            likelihood.check(torch.tensor([[0.0, -0.5], [1.0, 3.0]]))
+        with pytest.raises(ValueError, match="x: got values from nan"):
+            likelihood.check(torch.tensor([0.5, math.nan]))
+    Gaussian().check(torch.tensor([-1e9, 1e9]))
+    Categorical(TOKENS).check(tokens(4))
+    with pytest.raises(ValueError, match=r"x: got values from -1 to 13, wanted int64 tokens.*: -1 to 12"):
+        Categorical(TOKENS).check(torch.tensor([-1, TOKENS]))
+
+
 def test_continuous_bernoulli_likelihood():
     ours, x = ContinuousBernoulli(), batch(4)
     theirs_of = distributions.ContinuousBernoulli
@@ -246,6 +303,17 @@ def test_an_optimal_variance_follows_the_mean_squared_error(weighted):
     assert abs(slope.item()) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_optimal_variance_of_no_error_stays_above_zero(dtype):
+    likelihood, x = Gaussian(scale=5.0, variance="optimal").to(dtype), batch(4).to(dtype)
+    for _ in range(2):
+        likelihood.adapt(x, x, None)
+        assert float(likelihood.scale) == pytest.approx(5e-6, rel=1e-5)
+        assert likelihood.log_prob(x, x).isfinite().all()
+    likelihood.adapt(x, x + 0.1, None)  # and moves on
+    assert float(likelihood.scale) == pytest.approx(math.sqrt(0.05) * 0.1, rel=1e-4)
+
+
 def test_variances_move_only_as_they_are_told():
     x = batch(64)
     for variance, moves in (("fixed", False), ("trained", True), ("optimal", True)):
@@ -283,6 +351,34 @@ def test_posterior_and_prior():
     torch.testing.assert_close(many.var(0), theirs.variance, atol=0.03, rtol=0)
     drawn = prior.sample(40000, torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(drawn.T.cov(), torch.eye(7, dtype=torch.float64), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_variance", [-1.0, -32.0, -90.0])
+def test_the_density_of_a_sample_is_that_of_its_noise(log_variance, dtype):
+    q = DiagonalGaussian(torch.full((3, 2), 5.0, dtype=dtype), torch.full((3, 2), log_variance, dtype=dtype))
+    z, log_q = q.sample_with_log_prob(1000, torch.Generator().manual_seed(0))
+    assert torch.equal(z, q.sample(1000, torch.Generator().manual_seed(0)))
+    noise = torch.randn(1000, 3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = distributions.Normal(0.0, 1.0).log_prob(noise.double()).sum(-1) - log_variance
+    torch.testing.assert_close(log_q.double(), expected, rtol=1e-6, atol=1e-6)
+    assert q.log_prob(z).isfinite().all()  # of a rounded z, but a number
+    assert q.log_prob(q.mean)[0].item() == pytest.approx(-log_variance - math.log(2 * math.pi), rel=1e-6)
+    # the same for a mixture of two such, and a third so far away that it does not count
+    shifts = torch.tensor([0.0, 0.0, 100.0], dtype=dtype).view(3, 1)
+    means, log_variances = q.mean.unsqueeze(-2) + shifts, q.log_variance.unsqueeze(-2).expand(3, 3, 2)
+    mixture = GaussianMixturePosterior(means.new_tensor([0.0, 1.0, -100.0]).expand(3, 3), means, log_variances)
+    _, log_q = mixture.sample_with_log_prob(1000, torch.Generator().manual_seed(0))
+    entropy = 1 + log_variance + math.log(2 * math.pi)
+    assert log_q.mean().item() == pytest.approx(-entropy, abs=0.1)
+
+
+def test_the_density_of_a_samples_own_mixture_is_its_log_prob():
+    posterior = GaussianMixture(3, 4).double().posterior(torch.randn(5, 4 * 7, dtype=torch.float64))
+    for count in (None, 1, 6):
+        z, log_q = posterior.sample_with_log_prob(count, torch.Generator().manual_seed(0))
+        assert torch.equal(z, posterior.sample(count, torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(log_q, posterior.log_prob(z))
 
 
 # the model
@@ -367,6 +463,25 @@ def test_the_log_likelihood_is_the_mean_of_the_weights():
     assert samples.z.shape == (50, 3, 3)
     assert samples.f.shape == (50, 3, 7)
     torch.testing.assert_close(ours, samples.log_weights.exp().mean(0).log())
+
+
+@pytest.mark.parametrize("name", ["vae", "gmvae"])
+def test_importance_weights_are_right_where_the_posterior_is_narrower_than_rounding(name):
+    class Own(torch.nn.Module):
+        def forward(self, x):
+            means = x.new_full((*x.shape[:-1], 3), 5.0)
+            if name == "vae":
+                return DiagonalGaussian(means, torch.full_like(means, -32.0))
+            means = means.unsqueeze(-2).expand(*x.shape[:-1], 4, 3)
+            return GaussianMixturePosterior(torch.zeros_like(means[..., 0]), means, torch.full_like(means, -32.0))
+
+    torch.manual_seed(0)
+    model, x = VAE(small(name), encoder=Own()), batch(4).float()
+    log_weights = model.importance_sample(x, 2000, torch.Generator().manual_seed(0)).log_weights
+    z = torch.full((4, 3), 5.0)
+    entropy = 1.5 * (1 - 32 + math.log(2 * math.pi))
+    elbo = model.likelihood.log_prob(x, model.generative(z)) + model.prior.log_prob(z) + entropy
+    torch.testing.assert_close(log_weights.mean(0), elbo.detach(), rtol=0, atol=0.15)  # half a chi^2 of three, averaged
 
 
 def test_the_log_likelihood_does_not_depend_on_how_samples_are_cut(monkeypatch):
@@ -475,6 +590,10 @@ def test_a_minimum_rate_is_kept_whatever_the_encoder_says(rate):
     least = prior.posterior(torch.cat([torch.zeros(1, 3), torch.full((1, 3), 60.0)], -1).double())
     assert prior.kl(least).sum().item() == pytest.approx(rate, rel=1e-6)
     assert (prior.kl(prior.posterior(5 * torch.randn(100, 6))).sum(-1) >= rate * (1 - 1e-4)).all()
+    # exact in float64 far below the ceiling too
+    ceiling = prior.posterior(torch.full((6,), 1e3, dtype=torch.float64)).log_variance[0].item()
+    below = prior.posterior(torch.full((6,), ceiling - 22, dtype=torch.float64)).log_variance[0].item()
+    assert below == pytest.approx(ceiling - 22 - math.log1p(math.exp(-22)), rel=0, abs=1e-13)
 
 
 # encoders and sequences
@@ -628,6 +747,14 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"safetensors is needed.*pip install ilvae_fast\[train\]"):
         small_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_json_cannot_hold_leaves_no_file(tmp_path):
+    model = small_model(decoder_options={"route": "auto"})
+    model.config.decoder_options["route"] = object()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 

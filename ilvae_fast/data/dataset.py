@@ -26,6 +26,11 @@ class Dataset(NamedTuple):
     vocabulary: tuple[str, ...] | None = None
     separator: str = " "
 
+    @property
+    def unit_range(self) -> bool:
+        """Whether all values lie in [0, 1], as grey values do."""
+        return all(bool(((x >= 0) & (x <= 1)).all()) for x in (self.train, self.test))
+
     def to_text(self, tokens: Tensor) -> list[str]:
         """Sequences of tokens (n, D) as text, up to their first ``<eos>``; without a vocabulary as numbers."""
         return [self.separator.join(self._words(row)) for row in tokens.tolist()]

@@ -15,6 +15,7 @@ from ..layers import check_positive
 from .dataset import Dataset, split
 
 LEVELS = ("character", "word")
+_RESERVED = ("<eos>", "<unk>")  # tokens 0 and 1
 
 
 def text(
@@ -27,12 +28,14 @@ def text(
 ) -> Dataset:
     """The lines of a UTF-8 file that are not empty, as sequences of tokens; -1 fills up those that are shorter.
 
-    Each ends with the token ``<eos>``, unless it was cut. A random part, the same every time, is the test part.
+    Each ends with the token ``<eos>``, unless it was cut. A random part, the same every time, is the test part. The
+    tokens are those of the training part; others become ``<unk>``. The words ``<eos>`` and ``<unk>`` in the text mean
+    these two.
 
     Args:
         level: ``"character"``, or ``"word"``: what white space separates.
         length: D; longer lines are cut.
-        vocabulary_size: at most so many tokens, the most frequent ones; the others become ``<unk>``.
+        vocabulary_size: at most so many tokens, the most frequent ones.
         test_fraction: of the lines.
 
     Raises:
@@ -51,15 +54,17 @@ def text(
     lines = [list(line) if level == "character" else line.split() for line in content.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path}: has no line that is not empty")
-    common = [token for token, _ in Counter(token for line in lines for token in line).most_common(vocabulary_size - 2)]
-    vocabulary = ("<eos>", "<unk>", *common)
+    train, test, *_ = split(torch.arange(len(lines)), None, test_fraction)
+    counts = Counter(token for k in train.tolist() for token in lines[k] if token not in _RESERVED)
+    vocabulary = (*_RESERVED, *(token for token, _ in counts.most_common(vocabulary_size - len(_RESERVED))))
     number = {token: k for k, token in enumerate(vocabulary)}
     x = torch.full((len(lines), length), -1)
     for row, line in zip(x, lines, strict=True):
-        numbers = [*(number.get(token, 1) for token in line), 0][:length]
+        ended = line if line[-1] == "<eos>" else [*line, "<eos>"]
+        numbers = [number.get(token, 1) for token in ended[:length]]
         row[: len(numbers)] = torch.tensor(numbers)
     separator = "" if level == "character" else " "
-    return Dataset(*split(x, None, test_fraction), (length,), len(vocabulary), vocabulary, separator)
+    return Dataset(x[train], x[test], None, None, (length,), len(vocabulary), vocabulary, separator)
 
 
 def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
@@ -70,11 +75,12 @@ def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
 def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
 
-    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32. Without ``x_test`` a random
-    part, the same every time, is the test part.
+    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32. Labels are whole numbers
+    >= 0. Without ``x_test`` a random part, the same every time, is the test part.
 
     Raises:
-        FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit.
+        FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit, or
+            of another type than ``x_train``; NaN and infinity, with their number; labels that are none.
     """
     _check_file("npz", path, "what numpy.savez(path, x_train=..) writes")
     try:
@@ -91,13 +97,28 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
             raise ValueError(f"{path}: y_{part} has shape {y.shape}, wanted one label for each datum of x_{part}")
         if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "iuf"):
             raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers (N, ...) as in x_train")
+        if x is not None and x.dtype != arrays["x_train"].dtype:  # which says how both are scaled
+            raise ValueError(f"{path}: x_{part} is {x.dtype}, wanted the type of x_train, {arrays['x_train'].dtype}")
 
     def values(name: str) -> torch.Tensor:
         scale = 255 if arrays[name].dtype == np.uint8 else 1
-        return torch.from_numpy(arrays[name].reshape(len(arrays[name]), -1).astype(np.float32)).div_(scale)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
+            x = torch.from_numpy(arrays[name].reshape(len(arrays[name]), -1).astype(np.float32)).div_(scale)
+        if bad := int((~x.isfinite()).sum()):
+            raise ValueError(f"{path}: {name} has {bad} values that are NaN or infinite in float32, wanted none")
+        return x
 
     def labels(name: str) -> torch.Tensor | None:
-        return torch.from_numpy(arrays[name].astype(np.int64)) if name in arrays else None
+        if name not in arrays:
+            return None
+        given = arrays[name]
+        if given.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {name} is {given.dtype}, wanted whole numbers >= 0")
+        with np.errstate(invalid="ignore"):  # of what is no integer
+            y = given.astype(np.int64)
+        if (bad := (y != given) | (y < 0)).any():
+            raise ValueError(f"{path}: {name} has {bad.sum()} labels like {given[bad][0]}, wanted whole numbers >= 0")
+        return torch.from_numpy(y)
 
     shape = arrays["x_train"].shape[1:]
     if "x_test" not in arrays:

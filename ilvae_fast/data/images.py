@@ -78,8 +78,9 @@ def omniglot(data_root: str | os.PathLike[str], *, verify: bool = True) -> Datas
     """Omniglot's characters, drawn twenty times each, reduced to 28 x 28 grey pixels in [0, 1].
 
     The background set (964 characters, 19280 images) is the training part, the evaluation set (659, 13180) the test
-    part; labels number the characters, those of the evaluation set from 964 on. These are not the reduction and split
-    of Burda et al. (ICLR 2016): likelihoods are not comparable digit for digit.
+    part; labels number the characters, those of the evaluation set from 964 on. The file has them one character after
+    the other; the test part is shuffled, the same way every time, so that its first images are of many. These are not
+    the reduction and split of Burda et al. (ICLR 2016): likelihoods are not comparable digit for digit.
 
     Files: ``<data_root>/omniglot/{background,evaluation}-28x28-images-idx3-ubyte``, with or without ``.gz``.
 
@@ -95,8 +96,8 @@ def omniglot(data_root: str | os.PathLike[str], *, verify: bool = True) -> Datas
     ]
     train, test = (_images(read_idx(path, _checksum(name, verify))) for path, name in zip(paths, names, strict=True))
     train_labels = torch.arange(len(train)) // 20
-    first = int(train_labels[-1]) + 1
-    return Dataset(train, test, train_labels, first + torch.arange(len(test)) // 20, (28, 28))
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    return Dataset(train, test[order], train_labels, int(train_labels[-1]) + 1 + order // 20, (28, 28))
 
 
 def read_idx(path: str | os.PathLike[str], sha256: str | None = None) -> np.ndarray:

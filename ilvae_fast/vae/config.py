@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._errors import unknown_name
-from .._options import check_names, check_number
+from .._options import build, check_names, check_number
+from ..activations import Activation
 from ..decoder import EMBEDDINGS
 from ..functional import check_inverse_lipschitz
 from ..layers import check_positive
+from ..nonneg import NonNegative
 from .decoders import DECODERS
 from .distributions import PRIORS
 from .encoders import ENCODERS
@@ -49,6 +51,33 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+# decoder_options that may be objects; to JSON one is {"name": .., "parameter": ..}
+_OBJECTS: dict[str, type[Activation | NonNegative]] = {
+    **dict.fromkeys(("activation", "first_activation", "output_activation"), Activation),
+    "nonneg": NonNegative,
+}
+
+
+def _objects(argument: str, kind: type[Activation | NonNegative], value: Any) -> Any:
+    """Back from the form for JSON, each of a pair by itself; a bare name stays one."""
+    if isinstance(value, tuple):
+        return tuple(_objects(argument, kind, v) for v in value)
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("parameter") is not None:
+        check_number(f"{argument}.parameter", value["parameter"])
+    return build(argument, kind, value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, Activation | NonNegative):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
 def _check_widths(argument: str, value: Any) -> None:
     if not isinstance(value, tuple):
         raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted a sequence of widths")
@@ -77,6 +106,8 @@ class VAEConfig:
         decoder_hidden: widths of the MLP's hidden layers, or a pair of those of the Brenier maps; None: (128, 128), or
             the default of :class:`ilvae_fast.BrenierDecoder`.
         decoder_options: further options of :class:`ilvae_fast.BrenierDecoder`, such as ``{"activation": "celu"}``.
+            What takes a parameter may be an object, ``il.Activation("celu", 0.5)``, or
+            ``{"name": "celu", "parameter": 0.5}``, which is how JSON holds it.
         autoregressive_hidden: width of the LSTM of an autoregressive decoder, for tokens; the decoder is its head, on
             [hidden state, z]. None: x depends on z alone.
         token_embedding: width of the embeddings of tokens in LSTMs.
@@ -146,6 +177,11 @@ class VAEConfig:
         for argument in ("prior_options", "decoder_options", "likelihood_options"):
             if not isinstance(getattr(self, argument), Mapping):
                 raise TypeError(f"{argument}: got {getattr(self, argument)!r}, wanted a mapping of names to values")
+        options = {name: _tuples(value) for name, value in self.decoder_options.items()}
+        for name, kind in _OBJECTS.items():
+            if name in options:
+                options[name] = _objects(f"decoder_options.{name}", kind, options[name])
+        object.__setattr__(self, "decoder_options", options)
         for argument in ("kl_weight", "free_bits"):
             check_number(argument, getattr(self, argument))
 
@@ -173,9 +209,3 @@ class VAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return dict(value) if isinstance(value, Mapping) else value

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._options import check_number
 from ..layers import check_positive
+from ..ops import plain_softplus
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -26,8 +26,13 @@ def _noise(like: Tensor, num_samples: int | None, generator: torch.Generator | N
 
 
 def _log_normal(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    square = (z - mean).square() * (-log_variance).exp()
-    return -0.5 * (square + log_variance + _LOG_2PI).sum(-1)
+    # scaled before it is squared: the variance may be too small to divide by
+    return _log_standardised((z - mean) * (-0.5 * log_variance).exp(), log_variance)
+
+
+def _log_standardised(deviations: Tensor, log_variance: Tensor) -> Tensor:
+    """Log density of a normal variable that is so many standard ``deviations`` (..., m) from its mean."""
+    return -0.5 * (deviations.square() + log_variance + _LOG_2PI).sum(-1)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -38,7 +43,22 @@ class DiagonalGaussian(NamedTuple):
 
     def sample(self, num_samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Reparametrised samples: (..., m), or (num_samples, ..., m)."""
-        return self.mean + (0.5 * self.log_variance).exp() * _noise(self.mean, num_samples, generator)
+        return self._draw(num_samples, generator)[0]
+
+    def sample_with_log_prob(
+        self, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`sample` with ``log q(z|x)``, (...) or (num_samples, ...), from the noise that made z.
+
+        :meth:`log_prob` sees z as it was rounded, which for a deviation near the rounding error is another point.
+        """
+        z, noise = self._draw(num_samples, generator)
+        return z, _log_standardised(noise, self.log_variance)
+
+    def _draw(self, num_samples: int | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """z and the noise in it."""
+        noise = _noise(self.mean, num_samples, generator)
+        return self.mean + (0.5 * self.log_variance).exp() * noise, noise
 
     def sample_components(self, generator: torch.Generator | None = None) -> tuple[Tensor, None]:
         """The one component's sample (..., m), and None: it has no weight to speak of."""
@@ -72,7 +92,23 @@ class GaussianMixturePosterior(NamedTuple):
 
     def sample(self, num_samples: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Samples of ``q(z|x)``, reparametrised given y: (..., m), or (num_samples, ..., m)."""
-        count, (*shape, components) = num_samples or 1, self.logits.shape
+        z, *_ = self._draw(1 if num_samples is None else num_samples, generator)
+        return z.squeeze(0) if num_samples is None else z
+
+    def sample_with_log_prob(
+        self, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`sample` with ``log q(z|x)``, as of :class:`DiagonalGaussian`."""
+        z, mean, log_variance, noise = self._draw(1 if num_samples is None else num_samples, generator)
+        # from each component's mean, in its standard deviations; from that of y it is the noise, to the bit
+        to_chosen = (mean.unsqueeze(-2) - self.means) * (-0.5 * self.log_variances).exp()
+        ratio = (0.5 * (log_variance.unsqueeze(-2) - self.log_variances)).exp()
+        log_q = self._marginal(_log_standardised(to_chosen + ratio * noise.unsqueeze(-2), self.log_variances))
+        return (z.squeeze(0), log_q.squeeze(0)) if num_samples is None else (z, log_q)
+
+    def _draw(self, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z of a random y, the mean and the log variance given y, and the noise, each (count, ..., m)."""
+        *shape, components = self.logits.shape
         flat = self.logits.reshape(-1, components).softmax(-1)
         y = torch.multinomial(flat, count, replacement=True, generator=generator).T.reshape(count, *shape, 1, 1)
         index = y.expand(count, *shape, 1, self.means.shape[-1])
@@ -80,9 +116,9 @@ class GaussianMixturePosterior(NamedTuple):
         def chosen(values: Tensor) -> Tensor:
             return values.expand(count, *values.shape).gather(-2, index).squeeze(-2)
 
-        mean, deviation = chosen(self.means), (0.5 * chosen(self.log_variances)).exp()
-        z = mean + deviation * _noise(mean, None, generator)
-        return z.squeeze(0) if num_samples is None else z
+        mean, log_variance = chosen(self.means), chosen(self.log_variances)
+        noise = _noise(mean, None, generator)
+        return mean + (0.5 * log_variance).exp() * noise, mean, log_variance, noise
 
     def sample_components(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """A sample of each component (K, ..., m) and its weight ``q(y|x)`` (K, ...): no noise from choosing y."""
@@ -91,7 +127,10 @@ class GaussianMixturePosterior(NamedTuple):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log sum_y q(y|x) q(z|x, y)`` in nats: z (*samples, ..., m) -> (*samples, ...)."""
-        given_y = _log_normal(z.unsqueeze(-2), self.means, self.log_variances)
+        return self._marginal(_log_normal(z.unsqueeze(-2), self.means, self.log_variances))
+
+    def _marginal(self, given_y: Tensor) -> Tensor:
+        """``log q(z|x)`` of ``log q(z|x, y)`` (..., K)."""
         return (self.logits.log_softmax(-1) + given_y).logsumexp(-1)
 
 
@@ -157,7 +196,7 @@ class StandardNormal(Prior):
     def posterior(self, parameters: Tensor) -> DiagonalGaussian:
         mean, log_variance = parameters.chunk(2, -1)
         if self.minimum_rate > 0:
-            log_variance = self._ceiling - F.softplus(self._ceiling - log_variance)
+            log_variance = self._ceiling - plain_softplus(self._ceiling - log_variance)
         return DiagonalGaussian(mean, log_variance)
 
     def sample(

@@ -18,13 +18,15 @@ from torch.nn import functional as F
 from .._errors import unknown_name
 from .._options import check_number
 from ..layers import check_positive
+from ..ops import plain_softplus
 
 
 class Likelihood(nn.Module, ABC):
     """What models and metrics need of a likelihood. Shapes: x (..., D), f (*samples, ..., P), broadcast; P = D times
     ``parameters_per_value``."""
 
-    data: ClassVar[str]  # words for the values it is meant for
+    data: ClassVar[str]  # words for the values it is meant for ..
+    support: tuple[float, float] = (-math.inf, math.inf)  # .. and the least and the largest of them
     parameters_per_value: int = 1
 
     @abstractmethod
@@ -48,6 +50,19 @@ class Likelihood(nn.Module, ABC):
         Jacobian is at hand. A likelihood with a part that depends on z other than through f has no such score.
         """
 
+    def check(self, x: Tensor) -> None:
+        """x, all data of any shape, are values of this likelihood. For once before training: it reads them all.
+
+        Raises:
+            ValueError: with the range of x.
+        """
+        low, high = self.support
+        if not bool(((low <= x) & (x <= high)).all()):
+            raise ValueError(
+                f"x: got values from {x.min().item():g} to {x.max().item():g}, wanted {self.data}, for the likelihood "
+                f"{type(self).__name__}: {low:g} to {high:g}"
+            )
+
     def adapt(self, x: Tensor, f: Tensor, weights: Tensor | None) -> None:
         """Called once before the loss of each training step, for what follows the data without a gradient.
 
@@ -62,10 +77,11 @@ class Bernoulli(Likelihood):
     """
 
     data = "values in {0, 1}, or grey values in [0, 1]"
+    support = (0.0, 1.0)
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
         # x f - log(1 + exp(f))
-        return (x * f - F.softplus(f)).sum(-1)
+        return (x * f - plain_softplus(f)).sum(-1)
 
     def mean(self, f: Tensor) -> Tensor:
         return f.sigmoid()
@@ -84,6 +100,7 @@ class ContinuousBernoulli(Likelihood):
     """
 
     data = "grey values in [0, 1]"
+    support = (0.0, 1.0)
     _SMALL = 0.1  # |f| below which the series in f are exact to rounding in float64
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
@@ -130,6 +147,8 @@ class Gaussian(Likelihood):
         variance: ``"fixed"``; ``"trained"``, a parameter; or ``"optimal"``: the mean squared error of reconstruction,
             where the likelihood is largest (sigma-VAE; Rybkin, Daniilidis & Levine, ICML 2021), followed as a moving
             average over training steps. At the optimum the loss has no slope along sigma, so it needs no gradient.
+            It stays above a millionth of ``scale``, about what float32 resolves: no error at all would have a sigma of
+            0, and no density.
             In a distributed run it is that of all processes' data: all of them have to take part in a training step.
 
     State: log_scale (1,) unless fixed, a parameter if trained.
@@ -140,6 +159,7 @@ class Gaussian(Likelihood):
 
     data = "real values"
     _MOMENTUM = 0.05
+    _LEAST = 1e-6  # sigma that is followed, in units of the first one
     log_scale: Tensor
     steps: Tensor
 
@@ -174,7 +194,7 @@ class Gaussian(Likelihood):
             mean = mean / dist.get_world_size()
         rate = torch.where(self.steps == 0, 1.0, self._MOMENTUM).to(self.log_scale.dtype)
         variance = torch.lerp((2 * self.log_scale).exp(), mean, rate)
-        self.log_scale.copy_(0.5 * variance.log())
+        self.log_scale.copy_((0.5 * variance.log()).clamp(min=math.log(self._LEAST * self._fixed)))
         self.steps.add_(1)
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
@@ -209,6 +229,7 @@ class Categorical(Likelihood):
     def __init__(self, num_categories: int) -> None:
         super().__init__()
         self.parameters_per_value = check_positive("num_categories", num_categories)
+        self.support = (-1, num_categories - 1)
 
     def _logits(self, f: Tensor) -> Tensor:
         return f.unflatten(-1, (-1, self.parameters_per_value))

@@ -198,9 +198,9 @@ class VAE(nn.Module):
     ) -> ImportanceSamples:
         """``num_samples`` latents for each datum, from q(z|x), with their importance weights."""
         posterior = self.inference(x)
-        z = posterior.sample(num_samples, generator)
+        z, log_q = posterior.sample_with_log_prob(num_samples, generator)
         f = self.generative(z, x)
-        log_weights = self.likelihood.log_prob(x, f) + self.prior.log_prob(z) - posterior.log_prob(z)
+        log_weights = self.likelihood.log_prob(x, f) + self.prior.log_prob(z) - log_q
         return ImportanceSamples(z, f, log_weights)
 
     @torch.no_grad()
@@ -230,9 +230,10 @@ class VAE(nn.Module):
             ImportError: safetensors is not installed; says how to install it.
         """
         safetensors = require("safetensors.torch", "train")
+        config = json.dumps(self.config.to_dict(), indent=2) + "\n"  # first: what has no such form leaves no file
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(Path(directory) / "model.safetensors", safetensors.save(state))
-        write_atomically(Path(directory) / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_atomically(Path(directory) / "config.json", config)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], encoder: nn.Module | None = None) -> VAE:
