@@ -317,9 +317,19 @@ struct Autocast {
                                             at::IntArrayRef activations, Floats activation_parameters, int64_t wanted,
                                             OptionalType given, int64_t route) {
     c10::impl::ExcludeDispatchKeyGuard off(key);
-    return ops::training_terms().call(float32(x), float32(skip_weight), float32(bias), float32(weights),
-                                      inverse_lipschitz, float32(embedding), map_cotangent, potential_cotangent, saved,
-                                      activations, activation_parameters, wanted, product_dtype(x, given), route);
+    auto terms =
+        ops::training_terms().call(float32(x), float32(skip_weight), float32(bias), float32(weights), inverse_lipschitz,
+                                   float32(embedding), map_cotangent, potential_cotangent, saved, activations,
+                                   activation_parameters, wanted, product_dtype(x, given), route);
+    const auto as = [&](size_t i, const Tensor& argument) {  // gradients have the dtypes of the arguments given
+      if (i < terms.size() && ((wanted >> i) & 1)) terms[i] = in_dtype(terms[i], argument.scalar_type());
+    };
+    as(grad_x, x);
+    as(grad_skip_weight, skip_weight);
+    as(grad_bias, bias);
+    if (embedding) as(grad_embedding, *embedding);
+    for (size_t k = 0; k < weights.size(); ++k) as(grad_weights + k, weights[k]);
+    return terms;
   }
 
   static std::tuple<Tensor, Tensor> map_jvp(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,

@@ -44,6 +44,8 @@ void Arguments::check() const {
   check_like_x("bias", bias, x);
   TORCH_CHECK_VALUE(skip_weight.dim() == 2, "skip_weight: got shape ", shape(skip_weight), ", wanted (S+1, d)");
   TORCH_CHECK_VALUE(!weights.empty(), "weights: got none, wanted one for each hidden layer: [W_2, .., W_K, w]");
+  TORCH_CHECK_VALUE(int64_t(weights.size()) <= max_layers, "weights: got ", weights.size(), ", wanted at most ",
+                    max_layers, " hidden layers");
 
   c10::SymInt units = 0;
   for (size_t k = 0; k < weights.size(); ++k) {

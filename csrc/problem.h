@@ -14,6 +14,8 @@ namespace ilvae {
 
 // Position of a gradient in the results of training_terms; those of the weights follow.
 enum Gradient : size_t { grad_x, grad_skip_weight, grad_bias, grad_inverse_lipschitz, grad_embedding, grad_weights };
+// Two cotangents and all of these have bits in an integer.
+inline constexpr int64_t max_layers = 55;
 
 // The operands of an operator as they came; `embedding` undefined: none, or the padded identity where x is narrower
 // than skip_weight.

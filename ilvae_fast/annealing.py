@@ -206,15 +206,18 @@ class Annealer:
 def _fillers(model: nn.Module) -> dict[str, Callable[[float], Any]]:
     """How to write each tensor that the model has and a schedule may drive."""
     fillers: dict[str, Callable[[float], Any]] = {}
-    weight = getattr(model, "kl_weight", None)
-    if isinstance(weight, Tensor):
-        fillers["kl_weight"] = weight.fill_
+    if isinstance(getattr(model, "kl_weight", None), Tensor):
+        fillers["kl_weight"] = partial(_fill_kl_weight, model)
     decoder = next((module for module in model.modules() if isinstance(module, BrenierDecoder)), None)
     if decoder is not None:
         for name, brenier_map in (("L1", decoder.latent_map), ("L2", decoder.data_map)):
             if brenier_map.trained is None:
                 fillers[name] = partial(_fill_constant, brenier_map)
     return fillers
+
+
+def _fill_kl_weight(model: nn.Module, value: float) -> None:
+    model.kl_weight.fill_(value)  # type: ignore[operator]  # looked up anew: .to() replaces the tensor
 
 
 def _fill_constant(brenier_map: BrenierMap, value: float) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from ._errors import unknown_name
 from .layers import BrenierMap, check_positive, stacked_tangents
 
@@ -119,9 +118,7 @@ class BrenierDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """``decoder(z)``: (..., m) -> (..., D)."""
-        y = self.latent_map(z)
-        operands = self.data_map.operands(y, self._operand())
-        return functional.apply_potential_and_map(operands, False, True)[1]
+        return self.data_map(self.latent_map(z), self._operand())
 
     def jvp(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder and its derivative along v (..., m): both (..., D)."""

@@ -37,6 +37,8 @@ from . import _backend, ops, reference
 from ._errors import unknown_name
 from .activations import Activation, EncodedActivations, encode
 
+MAX_LAYERS = 55  # hidden ones: operators name wanted gradients by the bits of an integer (csrc/problem.h)
+
 
 class BrenierGradients(NamedTuple):
     """Gradients of ``sum <v, T> + sum u phi``; None where not asked for or not a tensor."""
@@ -93,10 +95,10 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
         return value if value.dim() == 1 else value.reshape(1)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     value = check_inverse_lipschitz(value)
-    # Making a tensor is a few percent of a small call. Not kept: what a compiled region or a mode makes, and what lies
-    # on a GPU, where it may belong to a graph that is being captured.
+    # Making a tensor is a few percent of a small call. Not kept: what a compiled region, a transformation or a mode
+    # makes, and what lies on a GPU, where it may belong to a graph that is being captured.
     plain = type(like) is Tensor or type(like) is torch.nn.Parameter
-    if not (plain and like.is_cpu) or torch.compiler.is_compiling():
+    if not (plain and like.is_cpu) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.full((1,), value, dtype=dtype, device=like.device)
     kept = _constants.get((value, dtype))
     if kept is None:
@@ -171,9 +173,11 @@ def apply_potential_and_map(operands: Operands, want_potential: bool, want_map: 
     """Potential and map of prepared operands; what is not wanted comes back empty."""
     if _backend._current == "reference":
         args, options = operands.reference_arguments()
+        x = operands.x
         if not want_map:
-            return reference.potential(*args, **options), operands.x.new_empty(0)
-        return reference.potential_and_map(*args, **options)
+            return ops.as_result(reference.potential(*args, **options), x), x.new_empty(0)
+        phi, t = reference.potential_and_map(*args, **options)
+        return ops.as_result(phi, x), ops.as_result(t, x)
     return ops.potential_and_map(operands, want_potential, want_map)
 
 

@@ -40,6 +40,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .activations import Activation
 
@@ -68,12 +69,12 @@ class _Moments:
 
     def __init__(self, activation: Activation, mean: np.ndarray, deviation: np.ndarray) -> None:
         nodes, weights = _quadrature()
-        a = torch.from_numpy(mean[:, None] + deviation[:, None] * nodes)
-        with torch.inference_mode(False), torch.enable_grad():
-            a = a.clone().requires_grad_()
+        # without the caller's modes: numbers are wanted under a FakeTensorMode too
+        with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+            a = torch.from_numpy(mean[:, None] + deviation[:, None] * nodes).requires_grad_()
             value = activation(a)
             (slope,) = torch.autograd.grad(value.sum(), a)
-        values, slopes = value.detach().numpy(), slope.numpy()
+            values, slopes = value.detach().numpy(), slope.numpy()
         self.value, self.square = values @ weights, values**2 @ weights
         self.slope, self.slope_square = slopes @ weights, slopes**2 @ weights
 

@@ -78,7 +78,7 @@ class _Implicit(torch.autograd.Function):
 
 
 def _exact(t: Tensor) -> Tensor:
-    return t.detach().double()
+    return t.detach().to(torch.float64, copy=True)  # the backward pass wants it as it is now
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

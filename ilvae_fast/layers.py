@@ -86,8 +86,10 @@ class BrenierMap(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = check_positive("in_features", in_features)
-        if isinstance(hidden_features, int) or len(hidden_features) == 0:
-            raise ValueError(f"hidden_features: got {hidden_features!r}, wanted a sequence of at least one width")
+        if isinstance(hidden_features, int) or not 0 < len(hidden_features) <= functional.MAX_LAYERS:
+            raise ValueError(
+                f"hidden_features: got {hidden_features!r}, wanted a sequence of 1 to {functional.MAX_LAYERS} widths"
+            )
         self.hidden_features = tuple(check_positive(f"hidden_features[{k}]", n) for k, n in enumerate(hidden_features))
         hidden = as_activation(activation)
         first = hidden if first_activation is None else as_activation(first_activation, "first_activation")
@@ -154,27 +156,51 @@ class BrenierMap(nn.Module):
             if value.numel() != 1:
                 raise ValueError(f"inverse_lipschitz: got shape {tuple(value.shape)}, wanted one element")
             value = value.detach().reshape(1)
+            if type(value) is Tensor and value.is_cpu:  # looking elsewhere would wait for the device
+                functional.check_inverse_lipschitz(value.item())
         else:
-            value = torch.tensor([float(functional.check_inverse_lipschitz(value))], dtype=torch.float64)
+            value = functional.check_inverse_lipschitz(value)
+            value = torch.tensor([value], dtype=torch.float64, device="cpu")
+        name, store = self._constant_slot()
+        if store[name].is_meta and not value.is_meta:
+            self._constant_to_come = value
+        filling = value if self.trained is None else self.trained.raw(value)
+        if type(filling) is Tensor and filling.is_cpu and not filling.isfinite():
+            raise ValueError(f"inverse_lipschitz: got {value.item()}, wanted a number > 0 for a trained constant")
+        store[name].copy_(filling)
+
+    def _constant_slot(self) -> tuple[str, dict[str, Any]]:
+        """Where L or its raw parameter is kept: its name, and the parameters or buffers."""
         if self.trained is None:
-            self._buffers["inverse_lipschitz"].copy_(value)  # type: ignore[union-attr]
-        else:
-            self.raw_inverse_lipschitz.copy_(self.trained.raw(value))
+            return "inverse_lipschitz", self._buffers
+        return "raw_inverse_lipschitz", self._parameters
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BrenierMap:
-        # A constant of the guarantee is not rounded to the layer's dtype: keep it at least in float32.
-        name = "inverse_lipschitz" if self.trained is None else "raw_inverse_lipschitz"
-        store: dict[str, Any] = self._buffers if self.trained is None else self._parameters
-        before = store[name].detach()
+        name, store = self._constant_slot()
+        # detached: what moves replaces the data of the tensors themselves
+        before, gradient = store[name].detach(), store[name].grad
+        gradient = None if gradient is None else gradient.detach()
         super()._apply(fn, recurse)
         after = store[name]
+        # A constant of the guarantee is not rounded to the layer's dtype: keep it at least in float32.
         if torch.promote_types(after.dtype, torch.float32) != after.dtype:
             kept = before.to(after.device)
             if self.trained is None:
                 store[name] = kept
             else:
+                after.grad = None
                 after.data = kept
+                after.grad = None if gradient is None else gradient.to(after.device)
+        if before.is_meta and not store[name].is_meta:  # to_empty: L is no weight that reset_parameters draws
+            self._fill_inverse_lipschitz(self._constant_to_come)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+        given = state_dict.get(f"{prefix}inverse_lipschitz")
+        if metadata.get("assign_to_params_buffers") and self.trained is None and given is not None:
+            # what torch assigned __setattr__ has filled in
+            self._buffers["inverse_lipschitz"] = given.to(torch.promote_types(given.dtype, torch.float32))
 
     def nonneg_weights(self) -> list[Tensor]:
         """The effective, non-negative weights [W_2, .., W_K, w] of the raw ones."""
@@ -195,9 +221,9 @@ class BrenierMap(nn.Module):
             self.validate,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``T(x)``: (..., d) -> (..., d)."""
-        return functional.apply_potential_and_map(self.operands(x), False, True)[1]
+    def forward(self, x: Tensor, embedding: Tensor | int | None = None) -> Tensor:
+        """``T(x)``: (..., d) -> (..., d); with an embedding B, as :mod:`ilvae_fast.functional` takes it, ``T(B x)``."""
+        return functional.apply_potential_and_map(self.operands(x, embedding), False, True)[1]
 
     def potential(self, x: Tensor) -> Tensor:
         """``phi(x) = G(x) + L/2 |x|^2``: (..., d) -> (...)."""

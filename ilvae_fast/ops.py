@@ -31,6 +31,7 @@ from .activations import EncodedActivations, decode
 if TYPE_CHECKING:
     from .functional import Operands
 
+_functorch: Any = torch._C._functorch
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms, with and without auxiliary results
 _jvp: Any = torch.func.jvp
 
@@ -73,6 +74,14 @@ class Static(NamedTuple):
 # Plain functions: same arguments and results as the operators (only wanted results), from differentiable operations
 
 
+def as_result(value: Tensor, x: Tensor) -> Tensor:
+    """``value`` in the dtype that results for ``x`` have: its own, or under autocast that of products."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return value
+    return value.to(torch.get_autocast_dtype(device))
+
+
 def _plain_potential_and_map(
     static: Static,
     x: Tensor,
@@ -90,9 +99,9 @@ def _plain_potential_and_map(
     }
     want_potential, want_map = static.wanted
     if not want_map:
-        return (reference.potential(x, skip_weight, bias, weights, **options),)
+        return (as_result(reference.potential(x, skip_weight, bias, weights, **options), x),)
     both = reference.potential_and_map(x, skip_weight, bias, weights, **options)
-    return both if want_potential else both[1:]
+    return tuple(as_result(value, x) for value in (both if want_potential else both[1:]))
 
 
 def _plain_training_terms(
@@ -107,11 +116,12 @@ def _plain_training_terms(
 
 def _plain_map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = Static(static.activations, (False, True))
-    (value,), (derivative,) = _jvp(
-        lambda x: _plain_potential_and_map(outputs, x, *tensors),  # type: ignore[arg-type]
-        (x.contiguous(),),  # dual numbers of overlapping memory are refused in compiled regions
-        (tangent.contiguous(),),
-    )
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return _plain_potential_and_map(outputs, x, *tensors)  # type: ignore[arg-type]
+
+    along = _along if forward_ad._current_level < 0 else _transposed_pull_back
+    (value,), (derivative,) = along(function, [x], [tangent])
     return value, derivative
 
 
@@ -157,6 +167,7 @@ def _differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.static = inputs[0]
+            ctx.dtypes = [t.dtype for t in output]
             ctx.save_for_backward(*inputs[1:])
             ctx.save_for_forward(*inputs[1:])
 
@@ -170,7 +181,8 @@ def _differentiable(
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
             moving = [t is not None for t in tangents]
             function, primals = _of_some(plain, ctx.static, ctx.saved_tensors, moving)
-            return _push_forward(function, primals, [t for t in tangents if t is not None])
+            pushed = _push_forward(function, primals, [t for t in tangents if t is not None])
+            return tuple(t.to(dtype) for t, dtype in zip(pushed, ctx.dtypes, strict=True))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], static: Static, *tensors: Tensor | None) -> Any:
@@ -195,11 +207,26 @@ def _push_forward(
 ) -> tuple[Tensor, ...]:
     """The Jacobian-vector product of ``function``."""
     if torch._C._are_functorch_transforms_active():
-        return _jvp(function, tuple(primals), tuple(tangents))[1]
-    # A dual level of torch.autograd.forward_ad is open and forward mode does not nest: transpose the pull-back instead.
+        return _along(function, primals, tangents)[1]
+    return _transposed_pull_back(function, primals, tangents)[1]
+
+
+def _along(
+    function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor | None], tangents: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """torch.func.jvp, which refuses expanded tensors: dual numbers of overlapping memory."""
+    whole = [None if t is None else t.contiguous() for t in primals]
+    return _jvp(function, tuple(whole), tuple(t.contiguous() for t in tangents))
+
+
+def _transposed_pull_back(
+    function: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor | None], tangents: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The same where a dual level of torch.autograd.forward_ad is open: forward mode does not nest in it, so the
+    pull-back, which is linear, is transposed instead."""
     values, pull = _vjp(function, *primals)
     _, transposed = _vjp(pull, tuple(torch.zeros_like(v) for v in values))
-    return transposed(tuple(tangents))[0]
+    return values, transposed(tuple(tangents))[0]
 
 
 def _pull_back(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Sequence[Tensor | None]]:
@@ -296,7 +323,12 @@ _MapJvp = _differentiable("MapJvp", _native_map_jvp, _plain_map_jvp, lambda _: 2
 
 
 def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    # functionalisation works on operators, and knows no functions with rules
+    return any(i.key() != _functorch.TransformType.Functionalize for i in _functorch.get_interpreter_stack() or ())
 
 
 def _apply(function: Any, plain: Callable[..., tuple[Tensor, ...]], static: Static, *tensors: Tensor | None) -> Any:

@@ -106,8 +106,8 @@ def potential_and_map(
             if isinstance(inverse_lipschitz, Tensor):
                 inverse_lipschitz = _without_graph(inverse_lipschitz)
         y = embed(x, embedding)
-        if not y.requires_grad:
-            y = y.detach().requires_grad_()
+        # a tensor of its own: parameters that depend on x, or are x, stay what they are
+        y = y.view_as(y) if y.requires_grad else y.detach().requires_grad_()
         phi = _potential_of(y, skip_weight, bias, weights, activations, inverse_lipschitz)
         (gradient,) = torch.autograd.grad(phi.sum(), y, create_graph=keep_graph)
     return (phi, gradient) if keep_graph else (phi.detach(), gradient)

@@ -122,3 +122,14 @@ def test_what_a_model_does_not_have_is_refused():
     trained = il.BrenierDecoder(2, 3, ((4,), (5,)), inverse_lipschitz=(il.Trained(), 1.0))
     with pytest.raises(ValueError, match=r"got 'L1'.*no Trained"):
         Annealer(trained, {"L2": 1.0, "L1": 1.0})
+
+
+def test_a_model_may_move_under_its_annealer():
+    vae = model()
+    annealer = Annealer(vae, {"kl_weight": Linear(0.0, 1.0, 4), "L1": Linear(3.0, 1.0, 4)})
+    vae.double()
+    for _ in range(2):
+        annealer.step()
+    assert vae.kl_weight.dtype == torch.float64
+    assert vae.kl_weight.item() == 0.5
+    assert vae.decoder.latent_map.inverse_lipschitz.item() == 2.0

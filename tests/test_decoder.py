@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 import ilvae_fast as il
 
@@ -118,3 +119,24 @@ def test_equal_dimensions_and_a_drop_in_place():
 def test_refusals(arguments, options, error, words):
     with pytest.raises(error, match=words):
         il.BrenierDecoder(*arguments, **options)
+
+
+def test_hooks_of_both_maps_run():
+    decoder, seen = _decoder(), []
+    for name, part in (("latent", decoder.latent_map), ("data", decoder.data_map)):
+        part.register_forward_hook(lambda module, inputs, output, name=name: seen.append((name, output.shape[-1])))
+        part.register_full_backward_hook(lambda module, inputs, outputs, name=name: seen.append(name))
+    decoder(torch.randn(2, 3, dtype=torch.float64)).sum().backward()
+    assert seen == [("latent", 3), ("data", 7), "data", "latent"]
+
+
+def test_pruned_weights_are_trained():
+    decoder = _decoder()  # torch's pruning makes the weight anew in a hook before each call
+    torch.nn.utils.prune.l1_unstructured(decoder.data_map, "skip_weight", 0.3)
+    z = torch.randn(2, 3, dtype=torch.float64)
+    before = decoder(z).detach()
+    for _ in range(2):
+        decoder(z).sum().backward()
+    with torch.no_grad():
+        decoder.data_map.skip_weight_orig.mul_(2)
+    assert not torch.equal(decoder(z), before)

@@ -444,3 +444,55 @@ def test_a_constant_given_as_a_number_is_made_once_and_serves_every_mode():
     double = run(*(t.detach().double() for t in tensors))
     torch.testing.assert_close(double.float(), second.detach())
     assert double.dtype == torch.float64
+
+
+@pytest.mark.parametrize("with_x", ["x in the parameters", "x is a parameter"])
+def test_parameters_may_depend_on_x(with_x):
+    torch.manual_seed(0)
+    x, skip_weight = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    bias, weight = torch.zeros(6, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64)
+    x.requires_grad_()
+    skip_weight = x if with_x == "x is a parameter" else skip_weight + x.mean()
+    results = []
+    for module in (functional, reference):
+        t = module.brenier_map(x, skip_weight, bias, [weight], activations=["softplus", "identity"])
+        results.append([t, *torch.autograd.grad(t.square().sum(), x)])
+    torch.testing.assert_close(*results)
+    exact = functional.brenier_map_vjp(
+        x, skip_weight, bias, [weight], activations=["softplus", "identity"], potential_cotangent=torch.ones(6).double()
+    )
+    torch.testing.assert_close(results[0][0], exact.x)
+
+
+def test_a_transformation_leaves_no_constant_behind():
+    layer, x = il.BrenierMap(3, (5,)), torch.randn(2, 3)
+
+    def total(x):
+        weights = layer.nonneg_weights()
+        options = {"activations": ["softplus", "identity"], "inverse_lipschitz": 0.62831}
+        return functional.brenier_map(x, layer.skip_weight, layer.bias, weights, **options).sum()
+
+    torch.func.grad(total)(x)
+    assert not any(value == 0.62831 for value, _ in functional._constants)
+    total(x)
+    assert any(value == 0.62831 for value, _ in functional._constants)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_gradients_and_results_under_autocast_have_their_dtypes(backend):
+    layer, x = il.BrenierMap(3, (5,)).bfloat16(), torch.randn(2, 3).bfloat16()
+    weights, options = layer.nonneg_weights(), {"activations": ["softplus", "identity"]}
+    stacked = torch.stack([weights[0], 2 * weights[0]])
+    constant = torch.ones(1)
+    with il.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        of_weights = lambda w: functional.brenier_map(x, layer.skip_weight, layer.bias, [w], **options)  # noqa: E731
+        assert of_weights(weights[0]).dtype == torch.bfloat16
+        assert torch.vmap(of_weights)(stacked).dtype == torch.bfloat16
+        assert torch.vmap(of_weights)(stacked.float()).dtype == torch.bfloat16
+        if backend == "reference":
+            return
+        g = functional.brenier_map_vjp(
+            x, layer.skip_weight, layer.bias, weights, map_cotangent=x, inverse_lipschitz=constant, **options
+        )
+    assert {t.dtype for t in (g.x, g.skip_weight, g.bias, *g.weights)} == {torch.bfloat16}
+    assert g.inverse_lipschitz.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import ilvae_fast as il
 from cases import NONNEG
@@ -77,3 +78,9 @@ def test_draws_are_reproducible_and_reset_draws_anew():
 def test_construction_under_any_grad_mode(mode):
     with mode():
         assert il.BrenierMap(3, (4,)).skip_weight.isfinite().all()
+
+
+def test_construction_under_a_fake_tensor_mode():
+    with FakeTensorMode():
+        layer = il.BrenierMap(3, (4, 5))
+        assert layer(torch.randn(2, 3)).shape == (2, 3)

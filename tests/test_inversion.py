@@ -155,3 +155,12 @@ def test_a_density_integrates_to_one():
     back = layer.inverse(grid)
     density = (-0.5 * back.square().sum(-1) - layer.logabsdet(back)).exp() / (2 * torch.pi) ** 0.5
     assert torch.trapezoid(density, grid.squeeze(-1)).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_gradient_is_that_of_the_parameters_then():
+    layer = _layer(3, (5,))
+    y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer.inverse(y).sum(), y)
+    x = layer.inverse(y)
+    layer.inverse_lipschitz = 1.7
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), y)[0], wanted)

@@ -100,6 +100,16 @@ def test_the_constant_is_never_rounded_to_a_low_dtype(constant):
     assert il.BrenierMap(5, (4,), dtype=torch.bfloat16).inverse_lipschitz.dtype == torch.float32
 
 
+def test_a_trained_constant_keeps_its_gradient_in_a_low_dtype():
+    layer = il.BrenierMap(5, (4,), inverse_lipschitz=il.Trained(0.5))
+    layer(torch.randn(3, 5)).square().sum().backward()
+    exact = layer.raw_inverse_lipschitz.grad.clone()
+    layer.bfloat16()
+    assert torch.equal(layer.raw_inverse_lipschitz.grad, exact)
+    torch.optim.Adam(layer.parameters()).step()
+    assert layer.double().raw_inverse_lipschitz.grad.dtype == torch.float64
+
+
 @pytest.mark.parametrize("constant", [0.7, il.Trained(0.7)])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict", "torch.save"])
 def test_copies_compute_the_same(constant, way):
@@ -128,8 +138,34 @@ def test_meta_device_and_to_empty():
     assert "meta" in repr(layer)
     layer = layer.to_empty(device="cpu")
     layer.reset_parameters()
-    layer.inverse_lipschitz = 1.0
     assert layer(torch.randn(3, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("constant", [0.7, il.Trained(0.7)])
+def test_the_constant_survives_the_meta_device(constant):
+    with torch.device("meta"):
+        layers = [il.BrenierMap(5, (4,), inverse_lipschitz=constant) for _ in range(3)]
+    layers[1].inverse_lipschitz = 0.3
+    layers[2].inverse_lipschitz = torch.tensor([0.2])
+    for layer, wanted in zip(layers, (0.7, 0.3, 0.2), strict=True):
+        with torch.no_grad():
+            layer.to_empty(device="cpu").reset_parameters()
+        assert layer.inverse_lipschitz.item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("constant", [0.7, il.Trained(0.7)])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_is_adopted(constant, device, dtype):
+    source = il.BrenierMap(5, (4,), inverse_lipschitz=constant).to(dtype)
+    state = source.state_dict()
+    layer = il.BrenierMap(5, (4,), device=device, inverse_lipschitz=il.Trained(9.0) if source.trained else 9.0)
+    layer.load_state_dict(state, assign=True)
+    x = torch.randn(3, 5, dtype=dtype)
+    assert torch.equal(layer(x), source(x))
+    for name, value in layer.state_dict().items():
+        assert value.dtype == state[name].dtype
+        assert value.data_ptr() == state[name].data_ptr(), name
 
 
 def test_one_dimension_and_eight_layers():
@@ -169,6 +205,7 @@ def test_training_with_an_ordinary_optimiser():
         ((5, ()), {}, ValueError, r"hidden_features: got \(\), wanted"),
         ((5, 64), {}, ValueError, "hidden_features: got 64"),
         ((5, (4, 0)), {}, ValueError, r"hidden_features\[1\]: got 0"),
+        ((5, (2,) * 56), {}, ValueError, r"hidden_features: got .*, wanted a sequence of 1 to 55 widths"),
         ((5, (4,)), {"activation": "celuu"}, ValueError, "activation: got 'celuu'.*nearest: 'celu'"),
         ((5, (4, 4)), {"activation": "squared_leaky_relu"}, ValueError, "non-decreasing"),
         ((5, (4,)), {"output_activation": "squared_leaky_relu"}, ValueError, "non-decreasing"),
@@ -190,7 +227,14 @@ def test_refusals_of_the_setter():
     for value in (-1.0, float("nan"), float("inf"), "1", None):
         with pytest.raises((ValueError, TypeError), match="inverse_lipschitz: got"):
             layer.inverse_lipschitz = value
+        if isinstance(value, float):
+            with pytest.raises(ValueError, match="inverse_lipschitz: got"):
+                layer.inverse_lipschitz = torch.tensor(value)
     assert layer.inverse_lipschitz.item() == 0.5
+    trained = _layer(inverse_lipschitz=il.Trained(0.5))
+    with pytest.raises(ValueError, match=r"inverse_lipschitz: got 0\.0, wanted a number > 0 for a trained constant"):
+        trained.inverse_lipschitz = 0.0
+    assert trained.inverse_lipschitz.item() == pytest.approx(0.5)
     with pytest.raises(ValueError, match=r"il\.Trained: got initial 0"):
         il.Trained(0.0)
 
@@ -203,3 +247,21 @@ def test_validate_finds_what_a_training_step_broke():
         layer.bias[3] = float("nan")
     with pytest.raises(ValueError, match="bias: got 1 non-finite of 16 values"):
         layer(x)
+
+
+def test_as_many_layers_as_there_may_be():
+    layer = il.BrenierMap(2, (2,) * 55, dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    variables = [x, *layer.parameters()]
+
+    def second(x):
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), variables)
+
+    ours = second(x)
+    with il.use_backend("reference"):
+        torch.testing.assert_close(ours, second(x))
+    weights = [torch.ones(2, 2, dtype=torch.float64)] * 55 + [torch.ones(1, 2, dtype=torch.float64)]
+    skip_weight = torch.ones(113, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="weights: got 56, wanted at most 55 hidden layers"):
+        il.functional.brenier_map(x, skip_weight, skip_weight[:, 0], weights, activations=["softplus"] * 57)

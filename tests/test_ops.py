@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
@@ -127,6 +127,9 @@ def _transformed(name, tensors, compiled=False):
         )
         return gradients.x, gradients.bias, gradients.weights
 
+    def along(x):
+        return functional.brenier_map_jvp(x, tangent.expand_as(x), skip, bias, weights, **options)[1]
+
     parameters = (skip, bias, weights, options["inverse_lipschitz"])
     cases = {
         "grad": lambda x: grad(lambda x: phi(x).sum())(x),
@@ -149,10 +152,12 @@ def _transformed(name, tensors, compiled=False):
         "vmap over another dimension": lambda x: vmap(t, 1, 1)(x.unsqueeze(1).expand(-1, 4, -1)),
         "vmap of vmap": lambda x: vmap(vmap(t))(x.unflatten(0, (2, -1))),
         "vmap of the training terms": lambda x: vmap(terms)(x, torch.ones_like(tensors.v)),
-        "grad of the jvp function": lambda x: grad(
-            lambda x: functional.brenier_map_jvp(x, tangent, skip, bias, weights, **options)[1].square().sum()
-        )(x),
+        "grad of the jvp function": lambda x: grad(lambda x: along(x).square().sum())(x),
+        # expanded, as where all columns of a Jacobian are asked for at once
+        "jvp of the jvp function": lambda x: jvp(along, (x.expand(2, *x.shape),), (tangent.expand(2, *x.shape),)),
         "forward_ad": lambda x: _forward_ad(t, x, tangent),
+        "forward_ad of the jvp function": lambda x: _forward_ad(along, x, tangent),
+        "forward_ad of the training terms": lambda x: _forward_ad(lambda x: terms(x, tensors.v)[0], x, tangent),
     }
     function = cases[name]
     if compiled:
@@ -186,7 +191,10 @@ TRANSFORMATIONS = [
     "vmap of vmap",
     "vmap of the training terms",
     "grad of the jvp function",
+    "jvp of the jvp function",
     "forward_ad",
+    "forward_ad of the jvp function",
+    "forward_ad of the training terms",
 ]
 
 
@@ -281,6 +289,29 @@ def test_vectorised_jacobians_and_hessians():
     torch.testing.assert_close(jacobian, layer.jacobian(x))
     hessian = torch.autograd.functional.hessian(layer.potential, x, vectorize=True)
     torch.testing.assert_close(hessian, layer.jacobian(x))
+
+
+def test_forward_mode_under_autocast_has_one_dtype():
+    layer, x = il.BrenierMap(3, (5,)), torch.randn(4, 3)
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        return y @ y.mT
+
+    value, derivative = jvp(function, (x,), (torch.ones_like(x),))
+    assert value.dtype == derivative.dtype == torch.bfloat16
+    exact = jvp(lambda x: layer(x) @ layer(x).mT, (x,), (torch.ones_like(x),))[1]
+    assert float((derivative.float() - exact).norm() / exact.norm()) < 0.05
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent.dtype == torch.bfloat16
+
+
+def test_functionalisation_sees_the_operators():
+    layer, x = il.BrenierMap(3, (5,), dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(functionalize(layer)(x), layer(x))
+    graph = make_fx(functionalize(layer))(x).graph
+    assert OPS.potential_and_map.default in [node.target for node in graph.nodes]
 
 
 # torch.compile
