@@ -776,3 +776,13 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
     (tmp_path / "plain").write_text("")
     _files.write_atomically(tmp_path / "ours", "")
     assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)])
+@pytest.mark.parametrize("name", [*CONFIGURATIONS, "conv"])
+def test_any_leading_shape_even_an_empty_one(name, shape):
+    conv = {"encoder": "conv", "encoder_hidden": (3,), "data_shape": (4, 4), "data_dim": 16}
+    model = small_model(**conv) if name == "conv" else small_model(name)
+    x = tokens(4)[0].expand(*shape, -1) if name in SEQUENCES else torch.ones(*shape, model.config.data_dim).double()
+    assert model(x).reconstruction.shape == shape
+    assert model.encode(x).shape == (*shape, 3)

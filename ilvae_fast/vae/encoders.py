@@ -65,7 +65,12 @@ class ConvolutionalEncoder(nn.Module):
         self.head = nn.Linear(previous * height * width, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stages(x.reshape(-1, *self.data_shape))).reshape(*x.shape[:-1], -1)
+        return _unflat(self.head(self.stages(x.reshape(-1, *self.data_shape))), x)
+
+
+def _unflat(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (N, P) in the leading shape of x, which may be empty."""
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def run_lstm(
@@ -99,7 +104,7 @@ class LSTMEncoder(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         states, _ = run_lstm(self.lstm, self.embedding(flat.clamp(min=0)))
         last = (flat >= 0).sum(-1).sub(1).clamp(min=0)
-        return self.head(states[torch.arange(len(flat), device=x.device), last]).reshape(*x.shape[:-1], -1)
+        return _unflat(self.head(states[torch.arange(len(flat), device=x.device), last]), x)
 
 
 def _mlp(config: VAEConfig, out_features: int) -> nn.Module:

@@ -57,7 +57,7 @@ class AutoregressiveDecoder(nn.Module):
         read = read.reshape(-1, length, read.shape[-1])
         h, c = self._initial_state(z[..., 0, :].reshape(-1, z.shape[-1]))
         states, _ = run_lstm(self.lstm, read, (h.unsqueeze(0), c.unsqueeze(0)))
-        return torch.cat([states.reshape(*shape, length, -1), z], -1)
+        return torch.cat([states.reshape(*shape, length, states.shape[-1]), z], -1)
 
     def _plain_states(self, z: Tensor, inputs: Tensor) -> Tensor:
         """The same by plain operations, which have a forward mode; torch's LSTM has none."""
