@@ -1,0 +1,207 @@
+"""Likelihoods, priors and posteriors, against torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import distributions
+
+from ilvae_fast.vae import (
+    LIKELIHOODS,
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiagonalGaussian,
+    Gaussian,
+    GaussianMixture,
+    GaussianMixturePosterior,
+    StandardNormal,
+)
+from vae_cases import OPTIONS, TOKENS, batch, small_model, tokens
+
+
+def test_gaussian_likelihood():
+    x, f = batch(4), batch(5, 4)
+    ours = Gaussian(scale=0.7)
+    theirs = distributions.Normal(f, 0.7)
+    torch.testing.assert_close(ours.log_prob(x, f), theirs.log_prob(x).sum(-1))
+    assert ours.log_prob(x, f).shape == (5, 4)
+    assert torch.equal(ours.mean(f), f)
+    samples = ours.sample(f.new_zeros(20000, 1) + 2, torch.Generator().manual_seed(0))
+    assert abs(samples.mean() - 2) < 0.02
+    assert abs(samples.std() - 0.7) < 0.02
+
+
+def test_bernoulli_likelihood():
+    x, f = batch(4).round(), 4 * batch(5, 4) - 2
+    ours = Bernoulli()
+    theirs = distributions.Bernoulli(logits=f)
+    torch.testing.assert_close(ours.log_prob(x, f), theirs.log_prob(x.expand_as(f)).sum(-1))
+    torch.testing.assert_close(ours.mean(f), theirs.mean)
+    samples = ours.sample(f.new_zeros(20000, 1) + 1, torch.Generator().manual_seed(0))
+    assert set(samples.unique().tolist()) == {0, 1}
+    assert abs(samples.mean() - theirs.mean.new_tensor(1.0).sigmoid()) < 0.02
+
+
+def test_bernoulli_logits_are_exact_in_float64_whatever_their_size():
+    f = torch.tensor([-50.0, 0.0, 19.5, 20.5, 25.0, 35.0, 800.0], dtype=torch.float64).unsqueeze(-1).requires_grad_()
+    log_prob = Bernoulli().log_prob(torch.zeros_like(f), f)
+    expected = [-max(v, 0.0) - math.log1p(math.exp(-abs(v))) for v in f.flatten().tolist()]
+    torch.testing.assert_close(log_prob, f.new_tensor(expected), rtol=1e-15, atol=0)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), f)
+    torch.testing.assert_close(gradient, -f.detach().sigmoid(), rtol=1e-15, atol=0)
+
+
+def test_data_outside_a_likelihoods_range_are_refused_with_theirs():
+    for likelihood in (Bernoulli(), ContinuousBernoulli()):
+        likelihood.check(batch(4).round())
+        with pytest.raises(ValueError, match=r"x: got values from -0\.5 to 3, wanted .*grey values in \[0, 1\]"):
+            likelihood.check(torch.tensor([[0.0, -0.5], [1.0, 3.0]]))
+        with pytest.raises(ValueError, match="x: got values from nan"):
+            likelihood.check(torch.tensor([0.5, math.nan]))
+    Gaussian().check(torch.tensor([-1e9, 1e9]))
+    Categorical(TOKENS).check(tokens(4))
+    with pytest.raises(ValueError, match=r"x: got values from -1 to 13, wanted int64 tokens.*: -1 to 12"):
+        Categorical(TOKENS).check(torch.tensor([-1, TOKENS]))
+
+
+def test_continuous_bernoulli_likelihood():
+    ours, x = ContinuousBernoulli(), batch(4)
+    theirs_of = distributions.ContinuousBernoulli
+    f = 40 * batch(5, 4) - 20
+    torch.testing.assert_close(ours.log_prob(x, f), theirs_of(logits=f).log_prob(x.expand_as(f)).sum(-1))
+    torch.testing.assert_close(ours.mean(f), theirs_of(logits=f).mean)
+    for logit in (-30.0, -0.5, 1e-4, 3.0):
+        samples = ours.sample(f.new_full((20000, 1), logit), torch.Generator().manual_seed(0))
+        assert 0 <= samples.min() < samples.max() <= 1
+        assert samples.mean().item() == pytest.approx(ours.mean(f.new_tensor(logit)).item(), abs=0.01)
+
+
+def test_continuous_bernoulli_is_normalised_across_the_switch_to_series():
+    ours = ContinuousBernoulli()
+    x = torch.linspace(0, 1, 20001, dtype=torch.float64).unsqueeze(-1)
+    for f in (0.0, 1e-8, 0.0999999, 0.1000001, -0.1000001, 700.0, -700.0):
+        density = ours.log_prob(x, x.new_tensor([f])).exp()
+        if abs(f) < 1:
+            assert torch.trapezoid(density, x.squeeze(-1)).item() == pytest.approx(1, abs=1e-8)
+            mean = torch.trapezoid(density * x.squeeze(-1), x.squeeze(-1)).item()
+            assert ours.mean(x.new_tensor(f)).item() == pytest.approx(mean, abs=1e-8)
+        else:
+            assert density.isfinite().all()
+    near = torch.tensor([[0.1 - 1e-16], [0.1 + 1e-16]], dtype=torch.float64)
+    for value in (ours.log_prob(x[3], near), ours.mean(near)):
+        torch.testing.assert_close(value[0], value[1], rtol=1e-11, atol=1e-13)
+
+
+def test_categorical_likelihood_and_its_absent_tokens():
+    ours, x = Categorical(TOKENS), tokens(4)
+    f = torch.randn(5, 4, 7 * TOKENS, dtype=torch.float64)
+    theirs = distributions.Categorical(logits=f.unflatten(-1, (7, TOKENS)))
+    each = theirs.log_prob(x.clamp(min=0).expand(5, 4, 7))
+    assert (x < 0).any()
+    torch.testing.assert_close(ours.log_prob(x, f), (each * (x >= 0)).sum(-1))
+    assert torch.equal(ours.mean(f), theirs.probs.argmax(-1))
+    logits = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    drawn = Categorical(3).sample(logits.repeat(9000, 2), torch.Generator().manual_seed(0))
+    assert drawn.shape == (9000, 2)
+    torch.testing.assert_close(
+        drawn.flatten().bincount() / 18000, logits.softmax(-1), atol=0.02, rtol=0, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_optimal_variance_follows_the_mean_squared_error(weighted):
+    likelihood = Gaussian(scale=5.0, variance="optimal").double()
+    x, f = batch(50), batch(2, 50) if weighted else batch(50) + 0.1
+    weights = torch.tensor([[0.25], [0.75]], dtype=torch.float64).expand(2, 50) if weighted else None
+    square = (x - f).square().mean(-1)
+    expected = square.mean() if weights is None else (weights * square).sum(0).mean()
+    likelihood.adapt(x, f, weights)
+    torch.testing.assert_close(likelihood.scale.square().squeeze(0), expected)  # at once the first time
+    likelihood.adapt(x, x if weights is None else x.expand(2, 50, 7), weights)
+    torch.testing.assert_close(likelihood.scale.square().squeeze(0), 0.95 * expected)
+    # and there the likelihood is largest
+    likelihood.log_scale.copy_(0.5 * expected.log()).requires_grad_()
+    log_prob = likelihood.log_prob(x, f) if weights is None else (weights * likelihood.log_prob(x, f)).sum(0)
+    (slope,) = torch.autograd.grad(log_prob.mean(), likelihood.log_scale)
+    assert abs(slope.item()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_optimal_variance_of_no_error_stays_above_zero(dtype):
+    likelihood, x = Gaussian(scale=5.0, variance="optimal").to(dtype), batch(4).to(dtype)
+    for _ in range(2):
+        likelihood.adapt(x, x, None)
+        assert float(likelihood.scale) == pytest.approx(5e-6, rel=1e-5)
+        assert likelihood.log_prob(x, x).isfinite().all()
+    likelihood.adapt(x, x + 0.1, None)  # and moves on
+    assert float(likelihood.scale) == pytest.approx(math.sqrt(0.05) * 0.1, rel=1e-4)
+
+
+def test_variances_move_only_as_they_are_told():
+    x = batch(64)
+    for variance, moves in (("fixed", False), ("trained", True), ("optimal", True)):
+        model = small_model(likelihood_options={"scale": 2.0, "variance": variance})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        model(x).loss.backward()
+        optimizer.step()
+        assert (float(torch.as_tensor(model.likelihood.scale).detach()) != 2.0) == moves
+        at = float(torch.as_tensor(model.likelihood.scale).detach())
+        model.eval()
+        model(x)
+        assert float(torch.as_tensor(model.likelihood.scale).detach()) == at
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_score_is_the_gradient_of_the_log_density(name):
+    likelihood, x = LIKELIHOODS[name](**OPTIONS.get(name, {})), tokens(4) if name == "categorical" else batch(4)
+    f = (4 * torch.rand(5, 4, 7 * likelihood.parameters_per_value, dtype=torch.float64) - 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(likelihood.log_prob(x, f).sum(), f)
+    torch.testing.assert_close(likelihood.score(x, f), gradient)
+
+
+def test_posterior_and_prior():
+    posterior, prior = DiagonalGaussian(batch(4), batch(4) - 1), StandardNormal(7)
+    theirs = distributions.Normal(posterior.mean, (posterior.log_variance / 2).exp())
+    z = posterior.sample(6, torch.Generator().manual_seed(0))
+    assert z.shape == (6, 4, 7)
+    assert posterior.sample().shape == (4, 7)
+    torch.testing.assert_close(posterior.log_prob(z), theirs.log_prob(z).sum(-1))
+    standard = distributions.Normal(torch.zeros_like(posterior.mean), 1.0)
+    torch.testing.assert_close(prior.log_prob(z), standard.log_prob(z).sum(-1))
+    torch.testing.assert_close(prior.kl(posterior), distributions.kl_divergence(theirs, standard))
+    many = posterior.sample(40000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(many.mean(0), theirs.mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(many.var(0), theirs.variance, atol=0.03, rtol=0)
+    drawn = prior.sample(40000, torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(drawn.T.cov(), torch.eye(7, dtype=torch.float64), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_variance", [-1.0, -32.0, -90.0])
+def test_the_density_of_a_sample_is_that_of_its_noise(log_variance, dtype):
+    q = DiagonalGaussian(torch.full((3, 2), 5.0, dtype=dtype), torch.full((3, 2), log_variance, dtype=dtype))
+    z, log_q = q.sample_with_log_prob(1000, torch.Generator().manual_seed(0))
+    assert torch.equal(z, q.sample(1000, torch.Generator().manual_seed(0)))
+    noise = torch.randn(1000, 3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected = distributions.Normal(0.0, 1.0).log_prob(noise.double()).sum(-1) - log_variance
+    torch.testing.assert_close(log_q.double(), expected, rtol=1e-6, atol=1e-6)
+    assert q.log_prob(z).isfinite().all()  # of a rounded z, but a number
+    assert q.log_prob(q.mean)[0].item() == pytest.approx(-log_variance - math.log(2 * math.pi), rel=1e-6)
+    # the same for a mixture of two such, and a third so far away that it does not count
+    shifts = torch.tensor([0.0, 0.0, 100.0], dtype=dtype).view(3, 1)
+    means, log_variances = q.mean.unsqueeze(-2) + shifts, q.log_variance.unsqueeze(-2).expand(3, 3, 2)
+    mixture = GaussianMixturePosterior(means.new_tensor([0.0, 1.0, -100.0]).expand(3, 3), means, log_variances)
+    _, log_q = mixture.sample_with_log_prob(1000, torch.Generator().manual_seed(0))
+    entropy = 1 + log_variance + math.log(2 * math.pi)
+    assert log_q.mean().item() == pytest.approx(-entropy, abs=0.1)
+
+
+def test_the_density_of_a_samples_own_mixture_is_its_log_prob():
+    posterior = GaussianMixture(3, 4).double().posterior(torch.randn(5, 4 * 7, dtype=torch.float64))
+    for count in (None, 1, 6):
+        z, log_q = posterior.sample_with_log_prob(count, torch.Generator().manual_seed(0))
+        assert torch.equal(z, posterior.sample(count, torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(log_q, posterior.log_prob(z))
