@@ -71,7 +71,7 @@ File = Annotated[Path | None, typer.Option("--config", help="YAML file of fields
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field (see below), a dot for "
     "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
     "end: 1, steps: 500}'.")]  # fmt: skip
-Restart = Annotated[bool, typer.Option("--restart", help="Forget what is in the folder; else the run goes on.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget the run in the folder; else it goes on.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 
@@ -194,8 +194,12 @@ def sample(
 @app.command(epilog=_FIELDS)
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
-    constants: Annotated[list[float] | None, typer.Option("--L", help="Constants of the grid; once for each.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each.")] = None,
+    constants: Annotated[
+        list[float] | None, typer.Option("--L", help="Constants of the grid; once for each. Else the field L.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each. Else the field seed.")
+    ] = None,
     data: Data = None,
     data_root: DataRoot = None,
     model: Model = None,
@@ -207,18 +211,24 @@ def sweep(
     config: File = None,
     assignments: Set = None,
 ) -> None:
-    """Train a grid of constants and seeds; what is finished is skipped. Writes sweep.csv and sweep.json.
+    """Train a grid of constants and seeds; what is finished is skipped.
+
+    Writes sweep.csv and sweep.json, in which the rows of earlier sweeps into the same folder stay.
 
     `ilvae-fast sweep --data digits --model il-lidvae --L 0.5 --L 1 --seed 0 --seed 1 --output runs/sweep`
     """
     from .training import sweep as run
 
+    for assignment in assignments or ():
+        if assignment.partition("=")[0] == "output":
+            raise ValueError(f"set: got {assignment!r}, but each run has a folder of its own in --output, {output}")
     settings = _config(
         config, assignments, cpu, data=data, data_root=data_root, model=model, latent_dim=latent_dim, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
+    constants = constants or ([] if settings.L is None else [settings.L])
     with _progress("") as progress:
-        rows = run(settings, constants or [], seeds or [0], output, lambda c: progress.named(c.folder.name))
+        rows = run(settings, constants, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
     if _is_main():
         _show([(f"L={row['L']} seed={row['seed']}", row) for row in rows])
 
@@ -327,12 +337,13 @@ def _show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     table_of = require("rich.table", "train").Table
     table = table_of(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
     table.add_column("run", overflow="fold")
-    shown = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for _, row in rows)]
+    cells = [(name, {**row, **dict.fromkeys(row.get("not_finite", ()), "not finite")}) for name, row in rows]
+    shown = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for _, row in cells)]
     for heading, _ in shown:
         table.add_column(heading, justify="right")
-    for name, row in rows:
+    for name, row in cells:
         values = (row.get(key) for _, key in shown)
-        table.add_row(name, *("" if v is None else f"{v:.4g}" for v in values))
+        table.add_row(name, *("" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values))
     _console().print(table)
 
 

@@ -52,6 +52,35 @@ def test_sweep(tmp_path, capsys):
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 2
 
 
+def test_a_sweep_takes_the_grid_of_its_configuration(tmp_path, capsys):
+    one, other = tmp_path / "one", tmp_path / "other"
+    run(capsys, "sweep", *SMALL, "--set", "L=0.5", "--set", "seed=4", "--output", str(one))
+    rows = json.loads((one / "sweep.json").read_text())
+    assert [(row["L"], row["seed"]) for row in rows] == [(0.5, 4)]
+    config = str(one / "L0.5-seed4" / "config.yaml")  # which has an output too
+    run(capsys, "sweep", "--config", config, "--seed", "5", "--output", str(other))
+    assert [(row["L"], row["seed"]) for row in json.loads((other / "sweep.json").read_text())] == [(0.5, 5)]
+    printed = run(capsys, "sweep", *SMALL, "--set", "output=x", "--output", str(tmp_path / "third"), status=2)
+    assert "set: got 'output=x', but each run has a folder of its own in --output" in printed
+    assert not (tmp_path / "third").exists()
+
+
+def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
+    folder = tmp_path / "one"
+    run(capsys, "train", *SMALL, "--output", str(folder))
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["likelihood_options"] = {"scale": 1e-25}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    printed = run(capsys, "eval", str(folder), "--importance-samples", "2", "--fisher-samples", "2")
+    heading, _, row = map(str.split, printed.splitlines()[-3:])
+    assert heading[:3] == ["run", "NLL", "KL"]
+    assert row[:3] == ["one", "not", "finite"]
+    assert json.loads((folder / "eval.json").read_text())["not_finite"] == ["nll"]
+    cli._show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
+    heading, _, absent, _ = map(str.split, capsys.readouterr().out.splitlines())
+    assert (heading, absent) == (["run", "NLL"], ["a"])
+
+
 def test_images_and_text_are_shown(tmp_path, capsys):
     quick = ["--epochs", "1", "--cpu", "--set", "num_importance_samples=2", "--set", "fisher_samples=2"]
     few = [*quick, "--set", "eval_limit=20", "--output"]

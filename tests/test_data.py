@@ -342,6 +342,7 @@ def test_arrays_are_scaled_flattened_and_split(tmp_path):
     ("arrays", "message"),
     [
         ({"x": np.zeros((3, 2))}, "holds x, wanted x_train"),
+        ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((0, 2))}, "x_test has no rows, wanted at least one"),
         ({"x_train": np.zeros(3)}, r"x_train is float64 of shape \(3,\)"),
         ({"x_train": np.zeros((3, 2)), "y_train": np.zeros(2)}, r"y_train has shape \(2,\)"),
         ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((3, 4))}, "x_test"),

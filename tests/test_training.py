@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+import ilvae_fast as il
+from ilvae_fast.annealing import SCHEDULES, Constant, Cosine, Cyclical, Linear, Piecewise, as_schedule
 from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
 from ilvae_fast.training.state import Batches, Position, latest
-from ilvae_fast.vae import CONFIGURATIONS, VAE, DiagonalGaussian
+from ilvae_fast.vae import CONFIGURATIONS, VAE, DiagonalGaussian, VAEConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -42,6 +46,18 @@ def small(folder: Path, **fields) -> TrainConfig:
     return TrainConfig.from_dict({**SMALL, "model_options": OPTIONS, "output": str(folder), **fields})
 
 
+def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
+    if step == 8:
+        raise KeyboardInterrupt
+
+
+def interrupted(config: TrainConfig) -> Path:
+    """The first of two checkpoints, after 5 of 6 steps in each of two epochs; the run ended after the eighth."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    return latest(config.folder / "checkpoints")
+
+
 # configuration
 
 
@@ -49,6 +65,53 @@ def test_a_configuration_survives_yaml(tmp_path):
     config = small(tmp_path, L=0.5, annealing={"L1": {"kind": "linear", "start": 2.0, "end": 1.0, "steps": 5}})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_schedules_and_activations_are_saved_by_their_fields(tmp_path):
+    schedules = {
+        "L1": Piecewise(((0, 2.0), (5, 1.0))), "L2": Cosine(2.0, 1.0, 5), "kl_weight": Cyclical(0.0, 1.0, 9),
+    }  # fmt: skip
+    options = {"activation": il.Activation("celu", 0.5), "nonneg": il.NonNegative("clamp", 1e-3)}
+    config = small(tmp_path, annealing=schedules, model_options={**OPTIONS, "decoder_options": options})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    read = TrainConfig.from_yaml(tmp_path / "config.yaml")
+    assert read.to_dict() == config.to_dict()
+    assert {name: as_schedule(fields) for name, fields in read.annealing.items()} == schedules
+    models = [build_model(c, load("toy", **SMALL["data_options"])) for c in (config, read)]
+    assert models[0].config == models[1].config
+    for schedule in (Constant(1.0), Linear(2.0, 1.0, 5), *schedules.values()):
+        fields = small(tmp_path, annealing={"L1": schedule}).to_dict()["annealing"]["L1"]
+        assert type(schedule) is SCHEDULES[fields["kind"]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data_options": {"sigma": np.float64(2)}}, r"data_options\.sigma: got np\.float64\(2\.0\), wanted what YAML"),
+        ({"data_options": {"x": {("a", "b"): 1}}}, r"data_options\.x: got \{\('a', 'b'\): 1\}"),
+        ({"model_options": {"encoder_hidden": [torch.tensor(3)]}}, r"model_options\.encoder_hidden: got tensor\(3\)"),
+        ({"annealing": {"L1": {"kind": "constant", "start": np.float64(2)}}}, r"annealing\.L1\.start: got np\.float64"),
+    ],
+)
+def test_what_yaml_cannot_hold_is_refused(tmp_path, fields, message):
+    with pytest.raises(TypeError, match=message):
+        small(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_options": {"latent_dim": 3}}, "model_options: got latent_dim, wanted it as the field latent_dim"),
+        ({"L": 0.5, "model_options": {"inverse_lipschitz": 1}}, r"L: got 0\.5 besides model_options\.inverse_lip"),
+        ({"accumulation": 2, "model_options": {"free_bits": 0.1}}, r"accumulation: got 2 with model_options\.free"),
+    ],
+)
+def test_fields_that_contradict_one_another_are_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **fields)
+    for name in fields:
+        rest = {k: v for k, v in fields.items() if k != name}
+        assert small(tmp_path, **rest)  # each by itself is fine
 
 
 def test_fields_are_set_by_name(tmp_path):
@@ -115,6 +178,21 @@ def test_models_are_sized_for_their_data(tmp_path):
         build_model(TrainConfig(data="text", model="il-lidvae"), text)
     with pytest.raises(ValueError, match=r"L: got 1\.0 for 'vae'"):
         build_model(TrainConfig(model="vae", L=1.0), digits)
+    with pytest.raises(ValueError, match=r"L: got 1\.0 for 'il-lidvae'"):
+        build_model(TrainConfig(model="il-lidvae", L=1.0, model_options={"decoder": "mlp"}), digits)
+    injective = TrainConfig(model="vae", L=0.25, model_options={"decoder": "brenier"})
+    assert build_model(injective, digits).decoder.inverse_lipschitz_bound() == 0.25
+
+
+def test_the_likelihood_fits_the_range_of_the_data(tmp_path):
+    images = np.linspace(0, 1, 40 * 6 * 6, dtype=np.float32).reshape(40, 6, 6)
+    for name, x, wanted in (("grey", images, "bernoulli"), ("standardised", 4 * images - 2, "gaussian")):
+        np.savez(tmp_path / f"{name}.npz", x_train=x)
+        config = TrainConfig(data=f"npz:{tmp_path / name}.npz", model="vae")
+        assert build_model(config, load(config.data)).config.likelihood == wanted
+    asked = replace(config, model_options={"likelihood": "bernoulli"})
+    with pytest.raises(ValueError, match=r"data: npz:.*standardised.npz: x: got values from -2 to 2, wanted .* 0 to 1"):
+        build_model(asked, load(config.data))
 
 
 # batches
@@ -173,8 +251,108 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds another run: L was 0\.5, is 0\.75; epochs was 2, is 3"):
         train(other)
     monkeypatch.undo()
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("mine")
+    (folder / "diverged").symlink_to(tmp_path / "elsewhere")
+    (folder / ".metrics.json.abc").write_text("half")
     assert train(other, restart=True)["certified"] == pytest.approx(0.75)
     assert len(list((folder / "tensorboard").glob("events*"))) == 1  # nothing is left of the other
+    assert not (folder / "diverged").is_symlink()
+    assert not (folder / ".metrics.json.abc").exists()
+    assert (folder / "notes.txt").read_text() == (tmp_path / "elsewhere" / "mine").read_text() == "mine"
+
+
+def test_restart_refuses_a_folder_that_holds_no_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"output: .* holds no run to restart.*but model, thesis\.tex"):
+        train(small(tmp_path), restart=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "model", "thesis.tex"}
+
+
+def test_config_yaml_is_the_last_to_go(tmp_path, monkeypatch):
+    config = small(tmp_path)
+    interrupted(config)
+    monkeypatch.setattr("shutil.rmtree", lambda path: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        train(config, restart=True)
+    assert (tmp_path / "config.yaml").is_file()
+    monkeypatch.undo()
+    assert train(config, restart=True)
+
+
+def test_a_failure_while_measuring_leaves_a_model_and_may_be_mended(tmp_path, monkeypatch):
+    config = small(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("ilvae_fast.training.loop.evaluate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config)
+    monkeypatch.undo()
+    assert VAE.from_pretrained(tmp_path / "model").sample(2).isfinite().all()
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        train(replace(config, seed=1))
+    less = replace(config, num_importance_samples=2, fisher_samples=2, eval_limit=30)
+    measures = train(less)
+    assert len(list((tmp_path / "checkpoints").glob("step-000000012"))) == 1
+    assert train(less) == measures
+    with pytest.raises(ValueError, match="eval_limit was 30, is 1000"):
+        train(config)
+
+
+def test_fewer_test_data_than_processes_are_refused(tmp_path, monkeypatch):
+    config, dataset = small(tmp_path), load("toy", **SMALL["data_options"])
+    empty = dataset._replace(test=dataset.test[:0])
+    monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: empty)
+    with pytest.raises(ValueError, match=r"eval_limit: got 0 test data to measure on \(0 in all\), wanted at least 1"):
+        train(config, lambda *_: pytest.fail("trained"))
+    model = build_model(config, dataset)
+    with pytest.raises(ValueError, match=r"eval_limit: got 2 test data to measure on \(60 in all\), wanted at least 3"):
+        evaluate(model, dataset, limit=2, num_processes=3)
+
+
+def test_measures_that_are_not_finite_are_named(tmp_path, monkeypatch):
+    dataset, options = load("toy", **SMALL["data_options"]), {"num_importance_samples": 3, "fisher_samples": 3}
+    fields = {"data_dim": 2, "latent_dim": 2, "encoder_hidden": (6,)}
+    tiny = VAE(VAEConfig.named("il-lidvae", **fields, likelihood_options={"scale": 1e-25}))
+    measures = evaluate(tiny, dataset, **options)
+    assert measures["nll"] is None
+    assert measures["not_finite"] == ["nll"]
+    json.dumps(measures, allow_nan=False)
+    plain = evaluate(VAE(VAEConfig.named("vae", **fields)), dataset, **options)
+    assert plain["certified"] is plain["fisher_lower_bound"] is None  # it has none
+    assert "not_finite" not in plain
+    # latents that overflow
+    with torch.no_grad():
+        tiny.encoder[-1].weight.fill_(3e38)
+    measures = evaluate(tiny, dataset, **options)
+    assert {"measured", "kl_per_dimension", "nll", "fisher"} < set(measures["not_finite"])
+    assert measures["certified"] == pytest.approx(1)
+    assert measures["kl_per_dimension"] == [None, None]
+    json.dumps(measures, allow_nan=False)
+
+    monkeypatch.setattr("ilvae_fast.metrics.negative_log_likelihood", lambda *args, **kwargs: math.inf)
+    assert train(small(tmp_path))["not_finite"] == ["nll"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["nll"] is None
+    (row,) = sweep(small(tmp_path, epochs=1), [1.0], [0], tmp_path / "sweep")
+    assert row["not_finite"] == ["nll"]
+    assert ",nll," in (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()[1]
+
+
+def test_noise_is_not_the_stream_of_the_weights(tmp_path, monkeypatch):
+    streams = []
+
+    def seen(config, dataset):
+        model = build_model(config, dataset)
+        model.register_forward_pre_hook(lambda *_: streams.append(torch.get_rng_state()))
+        return model
+
+    monkeypatch.setattr("ilvae_fast.training.loop.build_model", seen)
+    interrupted(small(tmp_path))
+    assert not torch.equal(streams[0], torch.Generator().manual_seed(0).get_state())
 
 
 def test_a_folder_holds_one_run_at_a_time(tmp_path):
@@ -198,9 +376,12 @@ def test_mixtures_are_trained_and_clustered(tmp_path, model):
 
 @pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"max_grad_norm": 0.5, "warmup_steps": 3}])
 def test_options_of_the_loop(tmp_path, fields):
-    AcceleratorState._reset_state(reset_partial_state=True)  # it holds one precision for a process
     assert math.isfinite(train(small(tmp_path, **fields))["nll"])
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_runs_of_several_precisions_share_a_process(tmp_path):
+    losses = {train(small(tmp_path / str(k), precision=p))["train_loss"] for k, p in enumerate(("no", "bf16", "no"))}
+    assert len(losses) == 2
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
@@ -234,6 +415,24 @@ def test_a_sweep_skips_what_is_done(tmp_path, monkeypatch):
     assert sweep(config, [0.5, 2.0], [0, 1], tmp_path / "sweep") == rows
     with pytest.raises(ValueError, match="L: got none"):
         sweep(config, [], [0], tmp_path / "other")
+    with pytest.raises(ValueError, match="L: got none"):
+        sweep(replace(config, model="vae", model_options={"decoder": "brenier"}), [], [0], tmp_path / "other")
+
+
+def test_a_sweep_keeps_the_rows_of_earlier_ones(tmp_path):
+    config = small(tmp_path, epochs=1)
+    first = sweep(config, [0.5, 2.0], [0], tmp_path)
+    fixed = {**OPTIONS, "inverse_lipschitz": 0.7}
+    second = sweep(replace(config, model="il-lidmvae", model_options=fixed), [], [1], tmp_path)
+    assert sweep(config, [2.0], [0], tmp_path) == first[1:]
+    assert json.loads((tmp_path / "sweep.json").read_text()) == [*first, *second]
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["L"], row["seed"]) for row in rows] == [
+        ("il-lidvae", "0.5", "0"), ("il-lidvae", "2.0", "0"), ("il-lidmvae", "", "1"),
+    ]  # fmt: skip
+    assert [row["clustering_accuracy"] for row in rows[:2]] == ["", ""]
+    assert float(rows[2]["clustering_accuracy"]) == second[0]["clustering_accuracy"]
 
 
 # divergence
@@ -286,25 +485,86 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_pat
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_data_that_are_no_number_stop_at_once(tmp_path):
-    np.savez(tmp_path / "bad.npz", x_train=np.full((100, 4), np.nan, np.float32))
-    with pytest.raises(Diverged, match=r"step 0: the loss is nan"):
-        train(small(tmp_path / "run", data=f"npz:{tmp_path / 'bad.npz'}", data_options={}))
+def test_data_that_are_no_number_are_refused(tmp_path, monkeypatch):
+    dataset = load("toy", **SMALL["data_options"])
+    dataset.train[7, 0] = math.nan
+    monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: dataset)
+    with pytest.raises(ValueError, match=r"data: toy: x: got values from nan to nan, wanted real values"):
+        train(small(tmp_path / "run"))
+
+
+def test_a_step_is_reproduced_in_its_precision(tmp_path):
+    with pytest.raises(Diverged) as caught:
+        train(small(tmp_path, precision="bf16", loss_limit=1.0))
+    _, (output,) = reproduce(tmp_path / "diverged" / "process0.pt")
+    assert f"the loss is {output.loss.item():g} nats" in str(caught.value)
 
 
 # checkpoints
 
 
 def test_the_position_survives_a_checkpoint():
-    position = Position()
+    position = Position(torch.arange(6.0).view(3, 2))
     position.add(torch.tensor([1.0, 2.0, 3.0]))
     position.add(torch.tensor([1.0, 2.0, 3.0]))
-    other = Position()
+    other = Position(torch.arange(6.0).view(3, 2))
     other.load_state_dict(position.state_dict())
     other.add(torch.tensor([1.0, 2.0, 3.0]))
     assert (other.step, other.step_in_epoch) == (3, 3)
     assert other.sums.tolist() == [3, 6, 9]
     assert position.step == 2
+    assert other.data == position.data
+    state = position.state_dict()
+    with pytest.raises(ValueError, match=r"data: got training data with the checksum .*, wanted those of the check"):
+        Position(torch.zeros(3, 2)).load_state_dict(state)
+    del state["data"]  # as earlier versions had it
+    earlier = Position(torch.zeros(3, 2))
+    earlier.load_state_dict(state)
+    assert earlier.data == Position(torch.zeros(3, 2)).data
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    x = np.random.default_rng(0).normal(size=(330, 4)).astype(np.float32)
+    config = small(tmp_path / "run", data=f"npz:{tmp_path / 'x.npz'}", data_options={}, checkpoint_every=5)
+    np.savez(tmp_path / "x.npz", x_train=x)
+    interrupted(config)
+    np.savez(tmp_path / "x.npz", x_train=x + 1)
+    with pytest.raises(ValueError, match=r"data: got training data with the checksum"):
+        train(config, lambda *_: pytest.fail("trained"))
+    np.savez(tmp_path / "x.npz", x_train=x)
+    assert train(config)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "contents.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_checkpoint_that_was_damaged_is_named(tmp_path, name, damage):
+    config = small(tmp_path, checkpoint_every=4)
+    checkpoint = interrupted(config)
+    path = checkpoint / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-9] + (b"" if damage == "cut" else b"x" * 9))
+    elif name == "contents.json":
+        assert train(config)  # of an earlier version
+        return
+    with pytest.raises(ValueError, match=rf"output: {path} is not as it was written; remove {checkpoint} to go on"):
+        train(config, lambda *_: pytest.fail("trained"))
+    shutil.rmtree(checkpoint)
+    assert train(config)
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    config = small(tmp_path, checkpoint_every=5, log_every=1)
+    interrupted(config)
+    train(config)
+    shown: list[int] = []
+    for path in sorted((tmp_path / "tensorboard").glob("events*"), key=lambda p: p.stat().st_mtime_ns):
+        for event in EventFileLoader(str(path)).Load():
+            if event.HasField("session_log"):  # from this step on what came before is not shown
+                shown = [step for step in shown if step < event.step]
+            shown += [event.step for value in event.summary.value if value.tag == "train/loss"]
+    assert shown == list(range(1, 13))
 
 
 # Imports once, then runs each configuration that it reads in a process of its own, whose number it prints; and how that
@@ -350,14 +610,8 @@ class Runner:
 
 
 def test_a_run_goes_on_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
-    def interrupt(step, steps, values):
-        if step == 5:
-            raise KeyboardInterrupt
-
-    config = small(tmp_path, epochs=1, checkpoint_every=5)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, interrupt)
-    sharded = tmp_path / "checkpoints" / "step-000000005" / "pytorch_model_fsdp_0"
+    config = small(tmp_path, checkpoint_every=5)
+    sharded = interrupted(config) / "pytorch_model_fsdp_0"
     sharded.mkdir()
     with pytest.raises(ValueError, match=r"output: .*step-000000005 is of a run that was sharded, wanted unsharded"):
         train(config)
@@ -365,7 +619,7 @@ def test_a_run_goes_on_with_more_processes_but_not_unsharded(tmp_path, monkeypat
     # of two processes, with 3 steps instead of 6 to an epoch
     monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
     train(config)
-    assert len(json.loads((tmp_path / "history.json").read_text())) == 1
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
 
 @pytest.mark.slow

@@ -25,13 +25,14 @@ RANK = int(os.environ.get("RANK", "0"))
 def same_noise() -> None:
     """Noise that is a function of the datum, so that it does not matter which process sees it."""
 
-    def sample(self, num_samples=None, generator=None):
+    def draw(self, num_samples, generator):
         count = 1 if num_samples is None else num_samples
         shift = torch.arange(count, dtype=self.mean.dtype).view(-1, *[1] * self.mean.dim())
-        z = self.mean + (0.5 * self.log_variance).exp() * (1e3 * self.mean.detach() + shift).sin()
-        return z.squeeze(0) if num_samples is None else z
+        noise = (1e3 * self.mean.detach() + shift).sin()
+        noise = noise.squeeze(0) if num_samples is None else noise
+        return self.mean + (0.5 * self.log_variance).exp() * noise, noise
 
-    DiagonalGaussian.sample = sample
+    DiagonalGaussian._draw = draw
 
 
 def model(variance: str = "fixed") -> VAE:

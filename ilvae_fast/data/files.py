@@ -95,6 +95,8 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
         x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
         if y is not None and (x is None or y.shape != (len(x),)):
             raise ValueError(f"{path}: y_{part} has shape {y.shape}, wanted one label for each datum of x_{part}")
+        if x is not None and len(x) == 0:
+            raise ValueError(f"{path}: x_{part} has no rows, wanted at least one datum")
         if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "iuf"):
             raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers (N, ...) as in x_train")
         if x is not None and x.dtype != arrays["x_train"].dtype:  # which says how both are scaled

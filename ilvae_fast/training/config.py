@@ -15,9 +15,11 @@ from .. import data
 from .._errors import unknown_name
 from .._extras import require
 from .._options import check_names, check_number
-from ..annealing import as_schedule
+from ..activations import Activation
+from ..annealing import SCHEDULES, as_schedule
 from ..data import Dataset
 from ..layers import check_positive
+from ..nonneg import NonNegative
 from ..vae import CONFIGURATIONS, VAE, VAEConfig
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -41,7 +43,8 @@ class TrainConfig:
         L: certified inverse-Lipschitz constant of a Brenier decoder, split evenly over its two maps; None: the model's.
         annealing: schedules by name, ``L1``, ``L2`` and ``kl_weight`` (:class:`ilvae_fast.annealing.Annealer`).
         epochs, batch_size: of training; the batch of each process. What does not fill a batch waits for another epoch.
-        accumulation: micro-batches that a batch is cut into, to save memory.
+        accumulation: micro-batches that a batch is cut into, to save memory. A moving variance (``optimal``) moves once
+            for each of them. Not with free bits, which are of a batch's mean.
         learning_rate, warmup_steps, max_grad_norm: of Adam: its rate, reached on a line; gradients longer than the norm
             are scaled down to it (None: never).
         precision: ``no`` (float32), ``bf16`` or ``fp16``, of matrix products.
@@ -54,7 +57,7 @@ class TrainConfig:
         output: folder of the run; None: ``runs/<data>-<model>-L<L>-seed<seed>``.
 
     Raises:
-        ValueError, TypeError: naming the field.
+        ValueError, TypeError: naming the field; also for a value that YAML cannot hold.
     """
 
     data: str = "digits"
@@ -108,8 +111,18 @@ class TrainConfig:
                 f"accumulation: got {self.accumulation}, wanted a divisor of batch_size, {self.batch_size}"
             )
         check_names("model_options", self.model_options, [f.name for f in dataclasses.fields(VAEConfig)])
+        if "latent_dim" in self.model_options:
+            raise ValueError("model_options: got latent_dim, wanted it as the field latent_dim of the run")
+        if self.L is not None and "inverse_lipschitz" in self.model_options:
+            raise ValueError(f"L: got {self.L} besides model_options.inverse_lipschitz, wanted one of them")
+        if self.accumulation > 1 and self.model_options.get("free_bits"):
+            raise ValueError(
+                f"accumulation: got {self.accumulation} with model_options.free_bits, wanted 1: free bits are of a "
+                "batch's mean, of micro-batches they are another objective"
+            )
         for schedule in self.annealing.values():
             as_schedule(schedule)
+        self.to_dict()  # says what YAML cannot hold
 
     @property
     def folder(self) -> Path:
@@ -150,8 +163,8 @@ class TrainConfig:
         return require("yaml", "train").safe_dump(self.to_dict(), sort_keys=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """All fields as plain values, which YAML holds; schedules and activations as their fields."""
+        return {f.name: _plain(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def updated(self, assignments: Sequence[str]) -> TrainConfig:
         """With fields set as by ``["epochs=3", "model_options.likelihood=gaussian"]``; values are YAML.
@@ -185,10 +198,19 @@ def _parsed(source: str, text: str) -> Any:
         raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Activation | NonNegative):  # as VAEConfig takes them too
+        value = dataclasses.asdict(value)
+    kinds = {schedule: kind for kind, schedule in SCHEDULES.items()}
+    if type(value) in kinds:
+        value = {"kind": kinds[type(value)], **dataclasses.asdict(value)}
+    if isinstance(value, Mapping) and all(type(key) is str for key in value):
+        return {key: _plain(f"{name}.{key}", v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, v) for v in value]
+    if value is not None and type(value) not in (bool, int, float, str):  # of NumPy's numbers YAML knows nothing
+        raise TypeError(f"{name}: got {value!r}, wanted what YAML holds: numbers, texts, lists, mappings of names")
+    return value
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
@@ -202,13 +224,18 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return data.load(config.data, config.data_root, **config.data_options)
 
 
+def takes_constant(config: TrainConfig) -> bool:
+    """Whether the decoder is one whose certified constant ``L`` sets."""
+    return {**CONFIGURATIONS[config.model], **config.model_options}["decoder"] == "brenier"
+
+
 def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
     """The model of a run, sized for its data.
 
-    Unless ``model_options`` say otherwise tokens are categorical, images Bernoulli and other numbers Gaussian.
+    Unless ``model_options`` say otherwise tokens are categorical, images in [0, 1] Bernoulli, other numbers Gaussian.
 
     Raises:
-        ValueError, TypeError: naming the field.
+        ValueError, TypeError: naming the field; data that are no values of the likelihood asked for.
     """
     fields: dict[str, Any] = {"data_dim": dataset.train.shape[1], "latent_dim": config.latent_dim}
     autoregressive = "autoregressive_hidden" in CONFIGURATIONS[config.model]
@@ -222,11 +249,17 @@ def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
     if dataset.num_categories is not None:
         fields["likelihood_options"] = {"num_categories": dataset.num_categories}
     else:
-        fields["likelihood"] = "bernoulli" if len(dataset.shape) > 1 else "gaussian"
+        fields["likelihood"] = "bernoulli" if len(dataset.shape) > 1 and dataset.unit_range else "gaussian"
         if len(dataset.shape) in (2, 3):
             fields["data_shape"] = dataset.shape
     if config.L is not None:
-        if CONFIGURATIONS[config.model]["decoder"] != "brenier":
+        if not takes_constant(config):
             raise ValueError(f"L: got {config.L} for {config.model!r}, whose decoder has no such constant")
         fields["inverse_lipschitz"] = math.sqrt(config.L)
-    return VAE(VAEConfig.named(config.model, **{**fields, **config.model_options}))
+    model = VAE(VAEConfig.named(config.model, **{**fields, **config.model_options}))
+    for part in (dataset.train, dataset.test):
+        try:
+            model.likelihood.check(part)
+        except ValueError as error:
+            raise ValueError(f"data: {config.data}: {error}") from None
+    return model

@@ -33,7 +33,8 @@ def evaluate(
     reduce: Reduce = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none.
+    """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none, or where
+    it is infinite or NaN.
 
     Divergence and constants are computed in float64, for singular values close to a certified constant are at stake,
     everything else in the model's dtype. Of several processes each takes its part of the data.
@@ -48,8 +49,13 @@ def evaluate(
     Returns:
         nll, elbo_kl, kl_per_dimension, active_units, latent_variances, epsilon_collapse (by epsilon),
         mutual_information, fisher, fisher_lower_bound, fisher_projected_residual, fisher_effective_sample_size,
-        certified, measured; for a mixture clustering_accuracy, if the data have labels.
+        certified, measured; for a mixture clustering_accuracy, if the data have labels. not_finite, if there are any:
+        sorted names of the measures with a number that is infinite or NaN.
+
+    Raises:
+        ValueError: fewer test data than processes.
     """
+    check_test_data(dataset, limit, num_processes)
     device = next(model.parameters()).device
     model = copy.deepcopy(model).eval()
     generator = torch.Generator(device).manual_seed(seed + process)
@@ -78,8 +84,12 @@ def evaluate(
     x, *fewer = (t.double() if t.is_floating_point() else t for t in (x, *fewer))
     fisher = metrics.relative_fisher(model, watch(fewer), fisher_samples, generator=generator, reduce=reduce)
     z = model.inference(x[:_JACOBIANS]).sample(generator=common)
-    constant = metrics.inverse_lipschitz(metrics.decoder_given(model.decoder, x[0]), z, batch_size=16)
-    result = {
+    decoder = metrics.decoder_given(model.decoder, x[0])
+    try:
+        constant = metrics.inverse_lipschitz(decoder, z, batch_size=16)
+    except torch.linalg.LinAlgError:  # of a Jacobian that is not finite
+        constant = metrics.InverseLipschitz(metrics.certified_constant(decoder), math.nan)
+    result: dict[str, Any] = {
         "nll": nll,
         "elbo_kl": kl.total,
         "kl_per_dimension": kl.per_dimension.tolist(),
@@ -96,7 +106,33 @@ def evaluate(
     }
     if labels is not None and clusters is not None:
         result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in result.items()}
+    absent = ("certified", "fisher_lower_bound") if math.isnan(constant.certified) else ()
+    finite = {name: _finite(value) for name, value in result.items()}
+    not_finite = sorted(name for name in result if finite[name] != result[name] and name not in absent)
+    return {**finite, "not_finite": not_finite} if not_finite else finite
+
+
+def check_test_data(dataset: Dataset, limit: int | None, num_processes: int) -> None:
+    """Each process has something to measure on.
+
+    Raises:
+        ValueError: fewer test data than processes.
+    """
+    count = len(dataset.test[:limit])
+    if count < num_processes:
+        raise ValueError(
+            f"eval_limit: got {count} test data to measure on ({len(dataset.test)} in all), wanted at least "
+            f"{num_processes}, one for each process"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """``value``, lists and dicts of numbers too, with None for each that is infinite or NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Watch:

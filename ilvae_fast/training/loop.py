@@ -24,11 +24,19 @@ from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
 from .config import TrainConfig, build_model, differences, load_dataset
 from .distributed import check_fsdp_version, gathered, shard, shard_options, whole
-from .evaluation import evaluate
+from .evaluation import check_test_data, evaluate
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
-_NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every")  # fields that change no result
+# fields that change no result, and those that change none before it is measured
+_NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every")
+_OF_MEASURING = ("num_importance_samples", "fisher_samples", "eval_limit")
+# what a run leaves in its folder; config.yaml last, for as long as it is there the rest is known to be a run's
+_FILES = (
+    "checkpoints", "history.json", "tensorboard", "model", "metrics.json", "eval.json", "diverged", "samples.png",
+    "samples.npz", "config.yaml",
+)  # fmt: skip
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(RuntimeError):
@@ -47,23 +55,28 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     Args:
         progress: called after each step with the number of steps done, that of all, and at times the latest values; and
             while the trained model is measured, with the part of that which is done as ``measured``.
-        restart: forget what is in the run's folder.
+        restart: forget the run that is in the folder; other files stay.
 
     Returns:
         The measures (:func:`~.evaluation.evaluate`), as in the run's ``metrics.json``.
 
     Files of the run, all written by the first process: config.yaml, checkpoints/, history.json (the means of each
-    epoch), tensorboard/, and at its end model/ (for ``VAE.from_pretrained``) and metrics.json.
+    epoch), tensorboard/, at the end of training model/ (for ``VAE.from_pretrained``), and metrics.json. Until that is
+    there the fields of measuring (num_importance_samples, fisher_samples, eval_limit) may change.
 
     Raises:
         Diverged: training went wrong.
-        ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise; FSDP1.
+        ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise, on other
+            data, or damaged; with ``restart`` a folder that holds something, but no run; FSDP1.
         ImportError: accelerate or tensorboard is not installed; says how to install it.
     """
     accelerate = require("accelerate", "train")
     require("tensorboard", "train")
     check_fsdp_version()
     folder = config.folder
+    shared = require("accelerate.state", "train").AcceleratorState  # one of each process, with one precision
+    if shared._shared_state and shared().mixed_precision != config.precision:
+        shared._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(
         cpu=config.cpu,
         mixed_precision=config.precision,
@@ -94,11 +107,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    """Remove a run from its folder, and nothing else."""
+    found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    if found and "config.yaml" not in found:
+        shown = ", ".join(found if len(found) < 10 else [*found[:9], ".."])
+        raise ValueError(f"output: {folder} holds no run to restart, for it has no config.yaml, but {shown}")
+    for name in _FILES:
+        for path in (*folder.glob(f".{name}.*"), folder / name):  # the former left by a kill, see write_atomically
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _train(
@@ -114,18 +133,21 @@ def _train(
     if newest is not None and state.is_sharded(newest) != (sharding is not None):
         was, wanted = ("sharded", "unsharded") if sharding is None else ("unsharded", "sharded")
         raise ValueError(f"output: {newest} is of a run that was {was}, wanted {wanted}: go on as before, or --restart")
-
-    # the same weights in all processes, then noise of their own
+    if newest is not None:
+        state.check(newest)
+    workers = (accelerator.process_index, accelerator.num_processes)
     dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
+    check_test_data(dataset, config.eval_limit, workers[1])
+
+    # the same weights in all processes, then noise of their own, from a seed whose stream was not the weights'
     set_seed(config.seed)
     plain = build_model(config, dataset)
-    set_seed(config.seed, device_specific=True)
+    set_seed(int(torch.randint(2**31, ())), device_specific=True)
     if sharding is not None:
         shard(plain, **sharding)
     optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
-    annealer, position = Annealer(plain, config.annealing), state.Position()
-    workers = (accelerator.process_index, accelerator.num_processes)
+    annealer, position = Annealer(plain, config.annealing), state.Position(dataset.train)
     batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers)
     model, optimizer, warmup = accelerator.prepare(plain, optimizer, warmup)
     # under FSDP2 prepare looks parameters up by their addresses, and shards without elements have none
@@ -134,10 +156,11 @@ def _train(
 
     if accelerator.is_main_process:
         write_atomically(folder / "config.yaml", config.to_yaml())
-    accelerator.init_trackers("tensorboard")
     accelerator.wait_for_everyone()
     if newest is not None:
         accelerator.load_state(os.fspath(newest))
+    # steps that are done again are not to be shown twice
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": position.step + 1}})
 
     steps = config.epochs * batches.steps
     while position.epoch < config.epochs:
@@ -162,6 +185,8 @@ def _train(
             write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
 
     trained = whole(plain, accelerator.device)
+    if accelerator.is_main_process:
+        trained.save_pretrained(folder / "model")  # first, so that it is there if measuring fails
     measures = evaluate(
         trained, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
         limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
@@ -173,7 +198,6 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
     if accelerator.is_main_process:
-        trained.save_pretrained(folder / "model")
         write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
     accelerator.wait_for_everyone()
     return measures
@@ -235,7 +259,8 @@ def _check(
         state_dict.update({n: buffer for n, buffer in before["buffers"].items() if n in state_dict})
         content = io.BytesIO()
         saved = {"model": state_dict, "optimizer": optimizer_state, "x": x, "rng": before["rng"], "step": step}
-        torch.save({**saved, "config": plain.config.to_dict(), "accumulation": config.accumulation}, content)
+        of_run = {"config": plain.config.to_dict(), "accumulation": config.accumulation, "precision": config.precision}
+        torch.save({**saved, **of_run}, content)
         write_atomically(target, content.getvalue())
         where = f"the state before it is in {target} (ilvae_fast.training.reproduce)"
     else:
@@ -260,14 +285,17 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     if device.type == "cuda":
         torch.cuda.set_rng_state(saved["rng"]["cuda"])
     model = model.to(device)
-    return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
+    low = _AUTOCAST.get(saved.get("precision", "no"))  # earlier versions did not save it
+    with torch.autocast(device.type, low, enabled=low is not None):
+        return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:
     path = folder / "config.yaml"
     if path.is_file():
         old = TrainConfig.from_yaml(path).to_dict()
-        if changed := differences(old, config.to_dict(), _NOT_OF_THE_RUN):
+        ignored = _NOT_OF_THE_RUN if (folder / "metrics.json").is_file() else (*_NOT_OF_THE_RUN, *_OF_MEASURING)
+        if changed := differences(old, config.to_dict(), ignored):
             raise ValueError(
                 f"output: {folder} holds another run: {'; '.join(changed)}. Choose another folder or --restart this"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,20 @@ import torch
 from torch import Tensor
 
 KEPT = 2  # checkpoints that stay
+_CONTENTS = "contents.json"  # of a checkpoint: size and checksum of each of its other files
 
 
 class Position:
     """Where training stands: finished epochs, steps done in the current one and in all, and what the epochs lost.
 
     Sums of the current epoch are tensors, so that nothing waits for a device.
+
+    Args:
+        x: the training data, of which a checksum is kept: to go on with others is refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, x: Tensor) -> None:
+        self.data = zlib.crc32(x.contiguous().numpy().data)
         self.epoch = self.step_in_epoch = self.step = 0
         self.history: list[dict[str, float]] = []
         self.sums: Tensor | None = None  # of loss, reconstruction and KL over the current epoch, float64
@@ -43,6 +50,11 @@ class Position:
         return {**vars(self), "sums": None if self.sums is None else self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("data", self.data) != self.data:  # earlier versions kept none
+            raise ValueError(
+                f"data: got training data with the checksum {self.data:08x}, wanted those of the checkpoint, with "
+                f"{state['data']:08x}; bring them back, or choose another output or --restart"
+            )
         vars(self).update(state)
 
 
@@ -96,6 +108,9 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
     accelerator.save_state(os.fspath(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        contents = {os.fspath(path.relative_to(partial)): _summary(path) for path in files}
+        (partial / _CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         os.replace(partial, target)
@@ -105,6 +120,36 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
             os.replace(old, hidden)
             shutil.rmtree(hidden)
     accelerator.wait_for_everyone()
+
+
+def check(checkpoint: Path) -> None:
+    """All files are as :func:`save` wrote them; accelerate would skip random states that it cannot read.
+
+    Raises:
+        ValueError: naming a file that is not.
+    """
+    listed = checkpoint / _CONTENTS
+    try:
+        contents = json.loads(listed.read_text()) if listed.is_file() else {}  # earlier versions wrote none
+        damaged = next((name for name, summary in contents.items() if _summary(checkpoint / name) != summary), None)
+    except ValueError:
+        damaged = _CONTENTS
+    if damaged is not None:
+        raise ValueError(
+            f"output: {checkpoint / damaged} is not as it was written; remove {checkpoint} to go on from the one "
+            "before it, or --restart"
+        )
+
+
+def _summary(path: Path) -> list[int] | None:
+    """[size, checksum] of a file; None: there is none."""
+    if not path.is_file():
+        return None
+    checksum = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            checksum = zlib.crc32(part, checksum)
+    return [path.stat().st_size, checksum]
 
 
 def _sync(path: Path) -> None:

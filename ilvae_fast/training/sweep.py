@@ -12,8 +12,7 @@ from typing import Any
 
 from .._extras import require
 from .._files import write_atomically
-from ..vae import CONFIGURATIONS
-from .config import TrainConfig
+from .config import TrainConfig, takes_constant
 from .loop import Progress, train
 
 
@@ -28,16 +27,17 @@ def sweep(
 
     Args:
         constants: certified constants L; models without one take an empty sequence.
-        folder: of the sweep, with one folder for each run and a table ``sweep.csv`` of all.
+        folder: of the sweep, with one folder for each run and a table of all, those of earlier sweeps too, as
+            ``sweep.csv`` and ``sweep.json``.
         on_run: called before each run; what it returns is that run's progress.
 
     Returns:
-        One row for each run: L, seed and the measures that are single numbers.
+        One row for each run of this grid: model, L, seed and the measures that are single numbers.
 
     Raises:
         ValueError: constants for a model that has none, or none for one that has.
     """
-    if CONFIGURATIONS[config.model]["decoder"] == "brenier" and not constants:
+    if takes_constant(config) and "inverse_lipschitz" not in config.model_options and not constants:
         raise ValueError(f"L: got none, wanted at least one for {config.model!r}")
     rows: list[dict[str, Any]] = []
     grid: list[float | None] = [*constants] if constants else [None]
@@ -46,17 +46,21 @@ def sweep(
             name = f"seed{seed}" if constant is None else f"L{constant:g}-seed{seed}"
             run = replace(config, L=constant, seed=seed, output=str(folder / name))
             measures = train(run, None if on_run is None else on_run(run))
-            single = {k: v for k, v in measures.items() if not isinstance(v, dict | list)}
+            single = {k: v for k, v in measures.items() if not isinstance(v, dict | list) or k == "not_finite"}
             rows.append({"model": config.model, "L": constant, "seed": seed, **single})
             if require("accelerate", "train").PartialState().is_main_process:
-                _write(rows, folder)
+                _add(rows[-1], folder)
     return rows
 
 
-def _write(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def _add(row: dict[str, Any], folder: Path) -> None:
+    """Put ``row`` into the tables, in the place of one of the same model, L and seed."""
+    path = folder / "sweep.json"
+    rows = [*(json.loads(path.read_text()) if path.is_file() else []), row]
+    rows = list({(r["model"], r["L"], r["seed"]): r for r in rows}.values())
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0])
+    writer = csv.DictWriter(text, dict.fromkeys(name for r in rows for name in r))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: " ".join(v) if isinstance(v, list) else v for name, v in r.items()} for r in rows)
     write_atomically(folder / "sweep.csv", text.getvalue())
-    write_atomically(folder / "sweep.json", json.dumps(list(rows), indent=2) + "\n")
+    write_atomically(path, json.dumps(rows, indent=2) + "\n")
