@@ -191,7 +191,9 @@ class BrenierMap(nn.Module):
                 after.grad = None
                 after.data = kept
                 after.grad = None if gradient is None else gradient.to(after.device)
-        if before.is_meta and not store[name].is_meta:  # to_empty: L is no weight that reset_parameters draws
+        if store[name].is_meta and not before.is_meta:
+            self._constant_to_come = before if self.trained is None else self.trained(before)
+        elif before.is_meta and not store[name].is_meta:  # to_empty: L is no weight that reset_parameters draws
             self._fill_inverse_lipschitz(self._constant_to_come)
         return self
 

@@ -77,7 +77,8 @@ class Static(NamedTuple):
 def as_result(value: Tensor, x: Tensor) -> Tensor:
     """``value`` in the dtype that results for ``x`` have: its own, or under autocast that of products."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    # autocast does not know the meta device
+    if x.dtype == torch.float64 or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return value
     return value.to(torch.get_autocast_dtype(device))
 
