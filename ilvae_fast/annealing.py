@@ -217,7 +217,9 @@ def _fillers(model: nn.Module) -> dict[str, Callable[[float], Any]]:
 
 
 def _fill_kl_weight(model: nn.Module, value: float) -> None:
-    model.kl_weight.fill_(value)  # type: ignore[operator]  # looked up anew: .to() replaces the tensor
+    weight = model.kl_weight  # looked up anew: .to() replaces the tensor
+    assert isinstance(weight, Tensor)
+    weight.fill_(value)
 
 
 def _fill_constant(brenier_map: BrenierMap, value: float) -> None:

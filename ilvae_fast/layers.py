@@ -48,7 +48,7 @@ class BrenierMap(nn.Module):
 
     Args:
         in_features: d.
-        hidden_features: widths n_1 .. n_K of the hidden layers.
+        hidden_features: widths n_1 .. n_K of the hidden layers, at most 55.
         activation: of the hidden layers, a name or :class:`ilvae_fast.Activation`.
         first_activation: of the first hidden layer, if another; convex, need not be monotone.
         output_activation: of the scalar output.

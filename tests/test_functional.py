@@ -484,8 +484,11 @@ def test_gradients_and_results_under_autocast_have_their_dtypes(backend):
     weights, options = layer.nonneg_weights(), {"activations": ["softplus", "identity"]}
     stacked = torch.stack([weights[0], 2 * weights[0]])
     constant = torch.ones(1)
+
+    def of_weights(w):
+        return functional.brenier_map(x, layer.skip_weight, layer.bias, [w], **options)
+
     with il.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
-        of_weights = lambda w: functional.brenier_map(x, layer.skip_weight, layer.bias, [w], **options)  # noqa: E731
         assert of_weights(weights[0]).dtype == torch.bfloat16
         assert torch.vmap(of_weights)(stacked).dtype == torch.bfloat16
         assert torch.vmap(of_weights)(stacked.float()).dtype == torch.bfloat16

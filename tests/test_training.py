@@ -1,4 +1,4 @@
-"""Runs: their configuration, the loop, checkpoints, resuming after SIGKILL, and what happens when training diverges."""
+"""Runs: the loop, checkpoints, resuming after SIGKILL, and what happens when training diverges."""
 
 from __future__ import annotations
 
@@ -21,29 +21,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-import ilvae_fast as il
-from ilvae_fast.annealing import SCHEDULES, Constant, Cosine, Cyclical, Linear, Piecewise, as_schedule
 from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
 from ilvae_fast.training.state import Batches, Position, latest
-from ilvae_fast.vae import CONFIGURATIONS, VAE, DiagonalGaussian, VAEConfig
+from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
+from training_cases import OPTIONS, SMALL, small
 
 ROOT = Path(__file__).parents[1]
-SMALL = {
-    "data": "toy",
-    "data_options": {"num_train": 300, "num_test": 60},
-    "latent_dim": 2,
-    "epochs": 2,
-    "batch_size": 50,
-    "cpu": True,
-    "num_importance_samples": 3,
-    "fisher_samples": 3,
-}
-OPTIONS = {"encoder_hidden": [6], "decoder_hidden": [[5], [6]]}
-
-
-def small(folder: Path, **fields) -> TrainConfig:
-    return TrainConfig.from_dict({**SMALL, "model_options": OPTIONS, "output": str(folder), **fields})
 
 
 def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
@@ -56,143 +40,6 @@ def interrupted(config: TrainConfig) -> Path:
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt)
     return latest(config.folder / "checkpoints")
-
-
-# configuration
-
-
-def test_a_configuration_survives_yaml(tmp_path):
-    config = small(tmp_path, L=0.5, annealing={"L1": {"kind": "linear", "start": 2.0, "end": 1.0, "steps": 5}})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
-
-
-def test_schedules_and_activations_are_saved_by_their_fields(tmp_path):
-    schedules = {
-        "L1": Piecewise(((0, 2.0), (5, 1.0))), "L2": Cosine(2.0, 1.0, 5), "kl_weight": Cyclical(0.0, 1.0, 9),
-    }  # fmt: skip
-    options = {"activation": il.Activation("celu", 0.5), "nonneg": il.NonNegative("clamp", 1e-3)}
-    config = small(tmp_path, annealing=schedules, model_options={**OPTIONS, "decoder_options": options})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    read = TrainConfig.from_yaml(tmp_path / "config.yaml")
-    assert read.to_dict() == config.to_dict()
-    assert {name: as_schedule(fields) for name, fields in read.annealing.items()} == schedules
-    models = [build_model(c, load("toy", **SMALL["data_options"])) for c in (config, read)]
-    assert models[0].config == models[1].config
-    for schedule in (Constant(1.0), Linear(2.0, 1.0, 5), *schedules.values()):
-        fields = small(tmp_path, annealing={"L1": schedule}).to_dict()["annealing"]["L1"]
-        assert type(schedule) is SCHEDULES[fields["kind"]]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"data_options": {"sigma": np.float64(2)}}, r"data_options\.sigma: got np\.float64\(2\.0\), wanted what YAML"),
-        ({"data_options": {"x": {("a", "b"): 1}}}, r"data_options\.x: got \{\('a', 'b'\): 1\}"),
-        ({"model_options": {"encoder_hidden": [torch.tensor(3)]}}, r"model_options\.encoder_hidden: got tensor\(3\)"),
-        ({"annealing": {"L1": {"kind": "constant", "start": np.float64(2)}}}, r"annealing\.L1\.start: got np\.float64"),
-    ],
-)
-def test_what_yaml_cannot_hold_is_refused(tmp_path, fields, message):
-    with pytest.raises(TypeError, match=message):
-        small(tmp_path, **fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model_options": {"latent_dim": 3}}, "model_options: got latent_dim, wanted it as the field latent_dim"),
-        ({"L": 0.5, "model_options": {"inverse_lipschitz": 1}}, r"L: got 0\.5 besides model_options\.inverse_lip"),
-        ({"accumulation": 2, "model_options": {"free_bits": 0.1}}, r"accumulation: got 2 with model_options\.free"),
-    ],
-)
-def test_fields_that_contradict_one_another_are_refused(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
-        small(tmp_path, **fields)
-    for name in fields:
-        rest = {k: v for k, v in fields.items() if k != name}
-        assert small(tmp_path, **rest)  # each by itself is fine
-
-
-def test_fields_are_set_by_name(tmp_path):
-    config = small(tmp_path).updated(
-        [
-            "epochs=7",
-            "L=0.25",
-            "data_options.sigma=3.5",
-            "annealing.kl_weight={kind: cyclical, start: 0, end: 1, period: 9}",
-        ]
-    )
-    assert (config.epochs, config.L, config.data_options["sigma"]) == (7, 0.25, 3.5)
-    assert config.data_options["num_train"] == 300
-    assert config.annealing == {"kl_weight": {"kind": "cyclical", "start": 0, "end": 1, "period": 9}}
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("annealing={kind", "set: annealing={kind: is no YAML"),
-        ("epoch=3", r"field: got 'epoch'.*nearest: 'epochs'"),
-        ("epochs", "set: got 'epochs', wanted FIELD=VALUE"),
-        ("epochs.x=3", "epochs has no fields"),
-        ("model_options.latent_dims=3", r"model_options: got 'latent_dims'.*nearest: 'latent_dim'"),
-        ("model=il_lidvae", r"model: got 'il_lidvae'.*nearest: 'il-lidvae'"),
-        ("precision=fp8", "precision: got 'fp8'"),
-        ("annealing.L1={kind: liner}", r"kind: got 'liner'.*nearest: 'linear'"),
-        ("L=-1", "L: got -1, wanted a finite number >= 0"),
-        ("batch_size=0", "batch_size: got 0"),
-        ("accumulation=3", "accumulation: got 3, wanted a divisor of batch_size, 50"),
-    ],
-)
-def test_bad_fields_are_refused(tmp_path, assignment, message):
-    with pytest.raises(ValueError, match=message):
-        small(tmp_path).updated([assignment])
-
-
-@pytest.mark.parametrize("name", ["data", "model", "output", "data_options", "model_options", "annealing", "cpu"])
-def test_values_of_another_kind_are_refused(tmp_path, name):
-    with pytest.raises(TypeError, match=rf"{name}: got 3, wanted"):
-        small(tmp_path).updated([f"{name}=3"])
-
-
-def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
-    with pytest.raises(TypeError, match=r"learning_rate: got str '1e-3'.*1\.0e-3"):
-        small(tmp_path).updated(["learning_rate=1e-3"])
-
-
-def test_models_are_sized_for_their_data(tmp_path):
-    digits, text = load("digits"), load("synthetic_text", num_sentences=20, vocabulary_size=150)
-    for name in CONFIGURATIONS:
-        sequence = "autoregressive_hidden" in CONFIGURATIONS[name]
-        config = TrainConfig(data="synthetic_text" if sequence else "digits", model=name, latent_dim=3)
-        dataset = text if sequence else digits
-        model = build_model(config, dataset)
-        assert model(dataset.train[:2]).loss.isfinite()
-        assert model.config.likelihood == ("categorical" if sequence else "bernoulli")
-    constant = build_model(TrainConfig(model="il-lidvae", L=0.25), digits).decoder.inverse_lipschitz_bound()
-    assert constant == 0.25
-    assert build_model(TrainConfig(model="vae", model_options={"encoder": "conv", "encoder_hidden": [3]}), digits)
-    with pytest.raises(ValueError, match=r"model: got 'svae', which models sequences.*for digits try '.*vae'"):
-        build_model(TrainConfig(model="svae"), digits)
-    with pytest.raises(ValueError, match=r"model: got 'il-lidvae'.*for text try 'il-lidsvae'"):
-        build_model(TrainConfig(data="text", model="il-lidvae"), text)
-    with pytest.raises(ValueError, match=r"L: got 1\.0 for 'vae'"):
-        build_model(TrainConfig(model="vae", L=1.0), digits)
-    with pytest.raises(ValueError, match=r"L: got 1\.0 for 'il-lidvae'"):
-        build_model(TrainConfig(model="il-lidvae", L=1.0, model_options={"decoder": "mlp"}), digits)
-    injective = TrainConfig(model="vae", L=0.25, model_options={"decoder": "brenier"})
-    assert build_model(injective, digits).decoder.inverse_lipschitz_bound() == 0.25
-
-
-def test_the_likelihood_fits_the_range_of_the_data(tmp_path):
-    images = np.linspace(0, 1, 40 * 6 * 6, dtype=np.float32).reshape(40, 6, 6)
-    for name, x, wanted in (("grey", images, "bernoulli"), ("standardised", 4 * images - 2, "gaussian")):
-        np.savez(tmp_path / f"{name}.npz", x_train=x)
-        config = TrainConfig(data=f"npz:{tmp_path / name}.npz", model="vae")
-        assert build_model(config, load(config.data)).config.likelihood == wanted
-    asked = replace(config, model_options={"likelihood": "bernoulli"})
-    with pytest.raises(ValueError, match=r"data: npz:.*standardised.npz: x: got values from -2 to 2, wanted .* 0 to 1"):
-        build_model(asked, load(config.data))
 
 
 # batches

@@ -12,7 +12,7 @@ namespace ilvae::cpu {
 
 namespace {
 
-const AllRowKernels& row_kernels() {
+const AllKernels& all_kernels() {
 #if defined(ILVAE_X86)
   if (isa() == Isa::avx512) return avx512::kernels;
   if (isa() == Isa::avx2) return avx2::kernels;
@@ -22,17 +22,10 @@ const AllRowKernels& row_kernels() {
 
 template <class T>
 const WeightKernels<T>& weight_kernels() {
-  const auto& all = []() -> const AllWeightKernels& {
-#if defined(ILVAE_X86)
-    if (isa() == Isa::avx512) return avx512::weight_kernels;
-    if (isa() == Isa::avx2) return avx2::weight_kernels;
-#endif
-    return baseline::weight_kernels;
-  }();
   if constexpr (std::is_same_v<T, double>) {
-    return all.float64;
+    return all_kernels().weights_float64;
   } else {
-    return all.float32;
+    return all_kernels().weights_float32;
   }
 }
 
@@ -48,11 +41,11 @@ void for_element_ranges(int64_t n, const Body& body) {
 template <class Real, class Operand>
 const RowKernels<Real, Operand>& select() {
   if constexpr (std::is_same_v<Real, double>) {
-    return row_kernels().float64;
+    return all_kernels().float64;
   } else if constexpr (std::is_same_v<Operand, float>) {
-    return row_kernels().float32;
+    return all_kernels().float32;
   } else {
-    return row_kernels().bfloat16_operands;
+    return all_kernels().bfloat16_operands;
   }
 }
 

@@ -15,12 +15,6 @@ struct RowKernels {
   void (*down)(const HiddenLayer<Real, Operand>&, int64_t begin, int64_t end);
 };
 
-struct AllRowKernels {
-  RowKernels<double, double> float64;
-  RowKernels<float, float> float32;
-  RowKernels<float, bfloat16> bfloat16_operands;
-};
-
 // Non-negative weights from n raw ones, and gradients of the raw ones.
 template <class T>
 struct WeightKernels {
@@ -28,24 +22,24 @@ struct WeightKernels {
   void (*softplus_backward)(T* gradient, const T* raw, const T* cotangent, int64_t n);
 };
 
-struct AllWeightKernels {
-  WeightKernels<double> float64;
-  WeightKernels<float> float32;
+struct AllKernels {
+  RowKernels<double, double> float64;
+  RowKernels<float, float> float32;
+  RowKernels<float, bfloat16> bfloat16_operands;
+  WeightKernels<double> weights_float64;
+  WeightKernels<float> weights_float32;
 };
 
 namespace baseline {
-extern const AllRowKernels kernels;
-extern const AllWeightKernels weight_kernels;
-}  // namespace baseline
+extern const AllKernels kernels;
+}
 #if defined(ILVAE_X86)
 namespace avx2 {
-extern const AllRowKernels kernels;
-extern const AllWeightKernels weight_kernels;
-}  // namespace avx2
+extern const AllKernels kernels;
+}
 namespace avx512 {
-extern const AllRowKernels kernels;
-extern const AllWeightKernels weight_kernels;
-}  // namespace avx512
+extern const AllKernels kernels;
+}
 #endif
 
 // Multi-threaded kernels for the instruction set in use.

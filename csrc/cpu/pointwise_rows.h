@@ -171,9 +171,6 @@ struct Rows {
   static constexpr RowKernels<Real, Operand> kernels{up, turn, down};
 };
 
-extern const AllRowKernels kernels{Rows<double, double>::kernels, Rows<float, float>::kernels,
-                                   Rows<float, bfloat16>::kernels};
-
 template <class T>
 struct Weights {
   static void softplus(T* weight, const T* raw, int64_t n) {
@@ -193,6 +190,7 @@ struct Weights {
   static constexpr WeightKernels<T> kernels{softplus, softplus_backward};
 };
 
-extern const AllWeightKernels weight_kernels{Weights<double>::kernels, Weights<float>::kernels};
+extern const AllKernels kernels{Rows<double, double>::kernels, Rows<float, float>::kernels,
+                                Rows<float, bfloat16>::kernels, Weights<double>::kernels, Weights<float>::kernels};
 
 }  // namespace ilvae::cpu::ILVAE_ISA

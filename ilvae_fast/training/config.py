@@ -198,12 +198,14 @@ def _parsed(source: str, text: str) -> Any:
         raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
 
 
+_KIND_OF = {schedule: kind for kind, schedule in SCHEDULES.items()}
+
+
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Activation | NonNegative):  # as VAEConfig takes them too
         value = dataclasses.asdict(value)
-    kinds = {schedule: kind for kind, schedule in SCHEDULES.items()}
-    if type(value) in kinds:
-        value = {"kind": kinds[type(value)], **dataclasses.asdict(value)}
+    if type(value) in _KIND_OF:
+        value = {"kind": _KIND_OF[type(value)], **dataclasses.asdict(value)}
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {key: _plain(f"{name}.{key}", v) for key, v in value.items()}
     if isinstance(value, list | tuple):

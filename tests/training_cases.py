@@ -1,0 +1,23 @@
+"""Small runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ilvae_fast.training import TrainConfig
+
+SMALL = {
+    "data": "toy",
+    "data_options": {"num_train": 300, "num_test": 60},
+    "latent_dim": 2,
+    "epochs": 2,
+    "batch_size": 50,
+    "cpu": True,
+    "num_importance_samples": 3,
+    "fisher_samples": 3,
+}
+OPTIONS = {"encoder_hidden": [6], "decoder_hidden": [[5], [6]]}
+
+
+def small(folder: Path, **fields) -> TrainConfig:
+    return TrainConfig.from_dict({**SMALL, "model_options": OPTIONS, "output": str(folder), **fields})
