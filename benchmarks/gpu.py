@@ -84,10 +84,14 @@ def placed(problem: Problem, device: str) -> Problem:
     return problem
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def problem_of(row: Row, device: str, batch: int | None = None, double: bool = False) -> Problem:
     width, hidden, rows, latent, precision = row
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return placed(Problem(width, hidden, batch or rows, latent, torch.float64 if double else dtype), device)
+    dtype = torch.float64 if double else dtype_of(precision)
+    return placed(Problem(width, hidden, batch or rows, latent, dtype), device)
 
 
 def synchronise(device: str) -> None:
@@ -154,8 +158,7 @@ def ceilings(device: str) -> dict[str, float]:
     n = 8192 if device == "cuda" else 256
     found = {}
     for precision in model.PRECISIONS:
-        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=device).to(dtype_of(precision)) for _ in range(2))
         out = torch.empty_like(a)
         product = functools.partial(torch.mm, a, b, out=out)
         with matmul_precision(precision):
@@ -219,17 +222,16 @@ def measure(row: Row, device: str, compiled: bool, ceiling: dict[str, float], se
         eager_times = medians(dict(steps), device, seconds)
         graphs = {name: captured(step) for name, step in steps.items()} if device == "cuda" else {}
         graph_times = medians(dict(graphs), device, seconds) if graphs else {}
-        kernels = kernels_of(steps[OURS], device)
+        plan = functools.partial(il.plan, batch, width, hidden, embedding_features=latent, dtype=dtype_of(precision))
+        route = plan(device=device).route
         saved = {name: saved_bytes(made[name], row, device) for name in (OURS, "eager double backward")}
     network = model.Network(width, hidden, batch, latent)
-    route = (
-        "fused" if any(part in name for name in kernels for part in ("tile_kernel", "streamed_kernel")) else "matmul"
-    )
     gpu = model.gpu_of(torch.cuda.get_device_name()) if device == "cuda" else model.GPUS["H100"]
     predicted = sum(model.seconds(network, precision, gpu, route)) * 1e6 if gpu else None
-    plan = il.plan(batch, width, hidden, embedding_features=latent)
-    flops = plan.map_flops + plan.training_flops
+    least = plan(recompute=False)
+    flops = least.map_flops + least.training_flops
     peer_names = [n for n in made if n not in (OURS, "ours, stateless", "expert, injected")]
+    peer = "best peer" if compiled else "best eager peer"
 
     def best(times: dict[str, dict[str, float]]) -> float | None:
         return min(times[n]["microseconds"] for n in peer_names) if times else None
@@ -247,17 +249,28 @@ def measure(row: Row, device: str, compiled: bool, ceiling: dict[str, float], se
         "ratios": {
             "eager double backward / ours, both called": eager_times["eager double backward"]["microseconds"]
             / ours_eager,
-            "best peer / ours, both called": best_eager / ours_eager if best_eager else None,
-            "best peer / ours, both captured": best_graph / ours_graph if best_graph and ours_graph else None,
-            "best peer captured / ours called": best_graph / ours_eager if best_graph else None,
-            "best peer called / ours captured": best_eager / ours_graph if best_eager and ours_graph else None,
+            f"{peer} / ours, both called": best_eager / ours_eager if best_eager else None,
+            f"{peer} / ours, both captured": best_graph / ours_graph if best_graph and ours_graph else None,
+            f"{peer} captured / ours called": best_graph / ours_eager if best_graph else None,
+            f"{peer} called / ours captured": best_eager / ours_graph if best_eager and ours_graph else None,
         },
         "predicted_microseconds": predicted,
         "flops": flops,
         "fraction_of_matmul_ceiling": flops / of_device * 1e6 / ceiling[precision],
         "saved_bytes": saved,
-        "kernels": kernels if device == "cuda" else {},
     }
+
+
+def add_kernels(measured: dict[str, Any], row: Row, device: str) -> None:
+    """The kernels of our step; refuses a row that was not what its plan said."""
+    with matmul_precision(row[4]):
+        kernels = kernels_of(peers.ours(problem_of(row, device)), device)
+    if device != "cuda":
+        return
+    measured["kernels"] = kernels
+    fused = any(part in name for name in kernels for part in ("tile_kernel", "streamed_kernel"))
+    if not kernels or fused != (measured["route"] == "fused"):
+        raise RuntimeError(f"planned route {measured['route']}, but the kernels were {sorted(kernels) or 'not seen'}")
 
 
 def bench(out: Path, device: str, seconds: float) -> int:
@@ -266,22 +279,32 @@ def bench(out: Path, device: str, seconds: float) -> int:
     print("measured ceilings:", {k: f"{v:.3g}" for k, v in result["ceilings"].items()}, flush=True)
     if device == "cpu":
         torch.compile = functools.partial(torch.compile, backend="eager")
-    for i, row in enumerate(rows(device)):
-        name = f"{model.Network(*row[:4])} {row[4]}"
-        if time.perf_counter() > end - 15 * (device == "cuda"):
+
+    def attempt(name: str, reserve: float, work: Callable[[], None]) -> None:
+        if time.perf_counter() > end - reserve * (device == "cuda"):
             result["cut_off"].append(name)
-            continue
+            return
         try:
-            measured = measure(row, device, i < len(COMPILED), result["ceilings"], 0.25 if device == "cuda" else 0.01)
+            work()
         except Exception as error:  # one shape that fails must not cost the others
             result["failed"].append({"row": name, "error": f"{type(error).__name__}: {error}"})
             print(f"FAILED {name}: {error}", flush=True)
-        else:
-            result["rows"].append(measured)
-            _print(measured)
         if device == "cuda":
             torch.cuda.empty_cache()
         write_atomically(out, json.dumps(result, indent=1) + "\n")
+
+    def time_row(row: Row, compiled: bool) -> None:
+        measured = measure(row, device, compiled, result["ceilings"], 0.25 if device == "cuda" else 0.01)
+        result["rows"].append(measured)
+        done.append(row)
+        _print(measured)
+
+    done: list[Row] = []
+    for i, row in enumerate(rows(device)):
+        attempt(f"{model.Network(*row[:4])} {row[4]}", 60, functools.partial(time_row, row, i < len(COMPILED)))
+    # last: what a profiler leaves behind may slow every launch after it
+    for row, measured in zip(done, list(result["rows"]), strict=True):
+        attempt(f"kernels of {measured['row']}", 5, functools.partial(add_kernels, measured, row, device))
     for name in result["cut_off"]:
         print("CUT OFF", name)
     write_atomically(out, json.dumps(result, indent=1) + "\n")

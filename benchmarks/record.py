@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,8 +19,20 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    command = ["git", *arguments]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return result.stdout.strip()
+
+
+def _commit() -> str:
+    """Marked where the tree had changes; ILVAE_FAST_COMMIT says it where the tree is no git checkout."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if not commit:
+        return os.environ.get("ILVAE_FAST_COMMIT", "unknown")
+    return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _processor() -> str:
@@ -37,11 +50,10 @@ def _module() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit (marked where the tree had changes), versions and processor of this run."""
-    changed = "+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    """Command, commit, versions and processor of this run."""
     return {
         "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD") + changed,
+        "commit": _commit(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "build": il.build_info(),

@@ -308,7 +308,7 @@ Values potential_and_map(const Problem& p, bool want_potential, bool want_map, b
   if (want_potential) values.potential = values.potential.to(p.output);
   if (want_map) values.map = values.map.to(p.output);
   if (save) {
-    const auto none = [&] { return at::empty({0}, p.options(p.real)); };
+    const auto none = [&] { return at::empty({0}, p.options(stored(p))); };
     values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none(),
                     p.embedding.defined() ? sweep.embedded_weight() : none()};
   }

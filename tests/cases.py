@@ -99,8 +99,8 @@ class Tensors:
         return {**self.options(module), **({"recompute": self.case.recompute} if module is functional else {})}
 
     def route(self) -> str:
-        """The case's, but bfloat16 has one alone."""
-        return "auto" if self.u.dtype == torch.bfloat16 else self.case.route
+        """The case's, but bfloat16 has one alone on the CPU."""
+        return "auto" if self.u.dtype == torch.bfloat16 and self.u.is_cpu else self.case.route
 
     def outputs(self, module=functional) -> tuple[Tensor, Tensor]:
         return module.potential_and_map(*self.positional(), **self.differentiable_options(module))

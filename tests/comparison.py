@@ -2,7 +2,7 @@
 
 Rule: the error against float64 is at most twice the error of eager autograd in the same dtype, plus a floor: 8 eps
 times the largest reference value, or, for sums over the batch (gradients of parameters), 8 eps times the sum of the
-absolute terms.
+absolute terms; eps is that of the operands of products.
 """
 
 from __future__ import annotations
@@ -13,25 +13,32 @@ from torch import Tensor
 FLOOR = 8.0
 
 
-def floor(dtype: torch.dtype, reference: Tensor, absolute_terms: Tensor | None = None) -> Tensor:
-    """The error that any computation in ``dtype`` is granted, elementwise or as a scalar."""
+def floor(eps: float, reference: Tensor, absolute_terms: Tensor | None = None) -> Tensor:
+    """The error that any computation with this eps is granted, elementwise or as a scalar."""
     scale = reference.abs().amax() if absolute_terms is None else absolute_terms.abs().amax()
-    return FLOOR * torch.finfo(dtype).eps * scale
+    return FLOOR * eps * scale
 
 
 def assert_as_accurate_as_eager(
-    name: str, ours: Tensor, eager: Tensor, reference: Tensor, absolute_terms: Tensor | None = None
+    name: str,
+    ours: Tensor,
+    eager: Tensor,
+    reference: Tensor,
+    absolute_terms: Tensor | None = None,
+    eps: float | None = None,
 ) -> None:
     """``ours`` and ``eager`` in one dtype, ``reference`` the same quantity in float64.
 
-    ``eager`` may have a leading dimension: several computations, of which the worst counts.
+    ``eager`` may have a leading dimension: several computations, of which the worst counts. ``eps``: of the operands of
+    products where that is not the dtype's, as with tf32.
     """
     assert ours.dtype == eager.dtype, f"{name}: {ours.dtype} but eager {eager.dtype}"
     assert ours.shape == reference.shape, f"{name}: {tuple(ours.shape)} but reference {tuple(reference.shape)}"
     if reference.numel() == 0:
         return
     error = (ours.double() - reference).abs().max()
-    allowed = 2 * (eager.double() - reference).abs().max() + floor(ours.dtype, reference, absolute_terms)
+    granted = floor(torch.finfo(ours.dtype).eps if eps is None else eps, reference, absolute_terms)
+    allowed = 2 * (eager.double() - reference).abs().max() + granted
     assert error <= allowed, f"{name} ({ours.dtype}): error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -29,6 +29,9 @@ def test_error_rule_catches_an_error_above_the_floor():
     with pytest.raises(AssertionError):
         assert_as_accurate_as_eager("above", eager + 10 * eps, eager, reference)
     assert_as_accurate_as_eager("sum of terms", eager + 10 * eps, eager, reference, absolute_terms=2 * reference)
+    assert_as_accurate_as_eager("coarser operands", eager + 15 * eps, eager, reference, eps=2 * eps)
+    with pytest.raises(AssertionError):
+        assert_as_accurate_as_eager("above those too", eager + 20 * eps, eager, reference, eps=2 * eps)
 
 
 def test_error_rule_catches_one_wrong_element_shape_and_dtype():
