@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ilvae_fast as il
-from ilvae_fast import functional, reference
+from ilvae_fast import functional
 
 Step = Callable[[], list[Tensor]]
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
@@ -134,13 +134,25 @@ def _padded(problem: Problem, x: Tensor) -> Tensor:
     return F.pad(x, (0, problem.width - x.shape[-1])) if problem.latent else x
 
 
+def potential(
+    y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], constant: Tensor | float
+) -> Tensor:
+    """``G(y) + L/2 |y|^2`` as everybody writes it, by PyTorch's own softplus."""
+    widths = [w.shape[1] for w in weights]
+    first, *others, out = F.linear(y, skip_weight, bias).split([*widths, 1], dim=-1)
+    h = F.softplus(first)
+    for weight, a in zip(weights[:-1], others, strict=True):
+        h = F.softplus(a + F.linear(h, weight))
+    return (out + F.linear(h, weights[-1])).squeeze(-1) + constant / 2 * y.square().sum(-1)
+
+
 def eager(problem: Problem) -> Step:
     """Double backward, as everybody writes it."""
-    options: dict[str, Any] = {"activations": problem.activations, "inverse_lipschitz": problem.constant}
 
     def brenier_map(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        weights = problem.effective(weights)
-        return reference.brenier_map(_padded(problem, x), skip_weight, bias, weights, **options)
+        y = _padded(problem, x)
+        phi = potential(y, skip_weight, bias, problem.effective(weights), problem.constant)
+        return torch.autograd.grad(phi.sum(), y, create_graph=True)[0]
 
     return _with_autograd(problem, brenier_map)
 
@@ -195,12 +207,11 @@ def expert(problem: Problem) -> Step:
 def func_compiled(problem: Problem) -> Step:
     """``torch.func.vjp`` of ``torch.func.grad`` of the potential, in one compiled step."""
 
-    def network(y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        g = reference.convex_network(y, skip_weight, bias, problem.effective(weights), problem.activations)
-        return (g + problem.constant / 2 * y.square().sum(-1)).sum()
+    def total(y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return potential(y, skip_weight, bias, problem.effective(weights), problem.constant).sum()
 
     def brenier_map(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.grad(network)(_padded(problem, x), parameters[0], parameters[1], parameters[2:])
+        return torch.func.grad(total)(_padded(problem, x), parameters[0], parameters[1], parameters[2:])
 
     @torch.compile(fullgraph=True, dynamic=False)
     def step(v: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -29,14 +29,20 @@ class _Kind(NamedTuple):
 
 
 def _softplus(a: Tensor, beta: float) -> Tensor:
-    # -logsigmoid(-x) is exact everywhere and differentiates any number of times; F.softplus turns into the identity
-    # above 20, logaddexp and clamp + log1p have wrong or NaN second derivatives at 0.
-    return -F.logsigmoid(a * -beta) / beta
+    # Two halves, whose derivatives of every order keep their relative accuracy. F.softplus alone, or logsigmoid, has
+    # s (1 - s) for its second also in the tail where s rounds to 1; logaddexp and clamp + log1p have wrong or NaN
+    # second derivatives at 0.
+    t = a * beta
+    return torch.where(t > 0, t + F.softplus(-t, 1.0, 40.0), F.softplus(t, 1.0, 40.0)) / beta
 
 
 def _celu(a: Tensor, alpha: float) -> Tensor:
-    # F.celu differentiates with a 1 / alpha that is rounded to float32 even in float64
-    return torch.where(a >= 0, a, alpha * torch.expm1(a.clamp(max=0) / alpha))
+    # F.celu differentiates with a 1 / alpha that is rounded to float32 even in float64. The derivative of expm1 is its
+    # value plus 1, which is rounded away in the tail.
+    t = a.clamp(max=0) / alpha
+    tail = t < -1
+    below = torch.where(tail, torch.where(tail, t, 0.0).exp() - 1, torch.where(tail, 0.0, t).expm1())
+    return torch.where(a >= 0, a, alpha * below)
 
 
 _TABLE = {
@@ -145,7 +151,7 @@ def encode(activations: Sequence[str | Activation]) -> EncodedActivations:
                 "only the first layer may be merely convex"
             )
     result = EncodedActivations([a.code for a in layers], [float(a.parameter or 0.0) for a in layers], layers)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and len(_encoded) < 1024:
         _encoded[key] = result
     return result
 

@@ -132,10 +132,15 @@ class BrenierDecoder(nn.Module):
     @torch.no_grad()
     def inverse_lipschitz_bound(self) -> Tensor:
         """``L1 sigma_min(B) L2``, a 0-d float64 tensor, of the L and B actually applied."""
-        bound = self.latent_map.inverse_lipschitz.double() * self.data_map.inverse_lipschitz.double()
+        bound = _whole(self.latent_map.inverse_lipschitz).double() * _whole(self.data_map.inverse_lipschitz).double()
         if self.raw_embedding is not None:
-            bound = bound * torch.linalg.svdvals(self.embedding_matrix().double()).min()
+            bound = bound * torch.linalg.svdvals(_whole(self.embedding_matrix()).double()).min()
         return bound.squeeze(0)
 
     def extra_repr(self) -> str:
         return f"{self.latent_dim}, {self.data_dim}, embedding={self.embedding}"
+
+
+def _whole(t: Tensor) -> Tensor:
+    """``t``, gathered if it is spread over processes (a DTensor, as of FSDP2)."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t

@@ -80,7 +80,7 @@ def check_inverse_lipschitz(value: float) -> float:
     """A finite L >= 0 as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"inverse_lipschitz: got {type(value).__name__}, wanted a float or a tensor with one element")
-    if not torch.compiler.is_compiling() and not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:  # a comparison, which compiled regions guard on
         raise ValueError(f"inverse_lipschitz: got {value!r}, wanted a finite number >= 0")
     return value
 

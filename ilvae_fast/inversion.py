@@ -67,7 +67,8 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, solved: Operands) -> Tensor:
         ctx.solved = solved
-        return solved.x.to(residual.dtype)
+        # a tensor of its own in float64 too: the caller may change it, and would keep it alive for ever
+        return solved.x.to(residual.dtype, copy=True)
 
     @staticmethod
     @once_differentiable

@@ -162,6 +162,8 @@ class BrenierMap(nn.Module):
             value = functional.check_inverse_lipschitz(value)
             value = torch.tensor([value], dtype=torch.float64, device="cpu")
         name, store = self._constant_slot()
+        if name not in store:
+            raise ValueError(f"inverse_lipschitz: {name} is parametrised; assign to the parameters it is made from")
         if store[name].is_meta and not value.is_meta:
             self._constant_to_come = value
         filling = value if self.trained is None else self.trained.raw(value)
@@ -177,6 +179,9 @@ class BrenierMap(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BrenierMap:
         name, store = self._constant_slot()
+        if name not in store:  # parametrised: made from other parameters, which move by themselves
+            super()._apply(fn, recurse)
+            return self
         # detached: what moves replaces the data of the tensors themselves
         before, gradient = store[name].detach(), store[name].grad
         gradient = None if gradient is None else gradient.detach()
@@ -199,10 +204,15 @@ class BrenierMap(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
-        given = state_dict.get(f"{prefix}inverse_lipschitz")
-        if metadata.get("assign_to_params_buffers") and self.trained is None and given is not None:
-            # what torch assigned __setattr__ has filled in
-            self._buffers["inverse_lipschitz"] = given.to(torch.promote_types(given.dtype, torch.float32))
+        name, store = self._constant_slot()
+        given = state_dict.get(prefix + name)
+        if not metadata.get("assign_to_params_buffers") or given is None or name not in store:
+            return
+        dtype = torch.promote_types(given.dtype, torch.float32)
+        if self.trained is None:  # what torch assigned __setattr__ has filled in
+            self._buffers[name] = given.to(dtype)
+        else:
+            store[name].data = store[name].data.to(dtype)
 
     def nonneg_weights(self) -> list[Tensor]:
         """The effective, non-negative weights [W_2, .., W_K, w] of the raw ones."""

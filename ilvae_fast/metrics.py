@@ -294,8 +294,8 @@ def relative_fisher(
         samples = model.importance_sample(x, num_samples, generator)
         weights = samples.log_weights.softmax(0)
         decoder = decoder_given(model.decoder, x)
-        jacobian = decoder_jacobian(decoder, samples.z)
-        score = model.likelihood.score(x, samples.f).unsqueeze(-1)
+        jacobian = _at_least_float32(decoder_jacobian(decoder, samples.z))
+        score = model.likelihood.score(x, samples.f).unsqueeze(-1).to(jacobian.dtype)
         gradient = (jacobian.mT @ score).square().sum((-2, -1))
         residual = (torch.linalg.qr(jacobian).Q.mT @ score).square().sum((-2, -1))
         sums = [(weights * gradient).sum(0), (weights * residual).sum(0), 1 / weights.square().sum(0)]
@@ -319,7 +319,7 @@ def inverse_lipschitz(decoder: Any, z: Tensor, *, batch_size: int = 1024) -> Inv
     """
     measured = math.inf
     for part in _batches(z, batch_size):
-        jacobian = decoder_jacobian(decoder, part)
+        jacobian = _at_least_float32(decoder_jacobian(decoder, part))
         if jacobian.shape[-2] < jacobian.shape[-1]:
             measured = 0.0  # m > D: some direction is lost
             break
@@ -347,3 +347,8 @@ def decoder_jacobian(decoder: Any, z: Tensor) -> Tensor:
         return decoder.jacobian(z)
     flat = torch.func.vmap(torch.func.jacfwd(decoder))(z.reshape(-1, z.shape[-1]))
     return flat.reshape(*z.shape[:-1], *flat.shape[-2:])
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    """For the factorisations, which LAPACK has in no fewer bits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from ilvae_fast import functional
+from ilvae_fast import activations, functional
 from ilvae_fast.activations import encode
 
 ALL = [
@@ -107,6 +107,57 @@ def test_the_plain_softplus_is_exact_too(beta):
     torch.testing.assert_close(activation(GRID), torch.from_numpy(exact), rtol=2e-13, atol=0)
     at = torch.tensor(20.5 / beta, dtype=torch.float64)
     assert activation(at) > at + 1e-9 / beta
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", [a for a in ALL if a.name in ("softplus", "smooth_leaky_relu", "celu")], ids=str)
+def test_the_plain_version_keeps_three_derivatives_in_both_tails(activation, dtype):
+    """To relative accuracy: what is differentiated further, such as a log determinant, divides by them."""
+    p = activation.parameter
+    rate = {"softplus": p, "celu": 1 / p}.get(activation.name, 1.0)
+    t = torch.linspace(-60 if dtype == torch.float64 else -30, 60 if dtype == torch.float64 else 30, 241)
+    a = (t.to(dtype) / rate).requires_grad_()
+    orders = [activation(a)]
+    for _ in range(3):
+        orders.append(torch.autograd.grad(orders[-1].sum(), a, create_graph=True)[0])
+    t = (a.detach().double() * rate).numpy().astype(np.longdouble)
+    e = np.exp(-np.abs(t))
+    if activation.name == "celu":
+        exact = [np.where(t >= 0, 1, np.exp(t)), *(np.where(t >= 0, 0, np.exp(t) * rate**k) for k in (1, 2))]
+    else:
+        s = np.where(t < 0, e, 1) / (1 + e)
+        exact = [s, rate * e / (1 + e) ** 2, -(rate**2) * np.sign(t) * e * -np.expm1(-np.abs(t)) / (1 + e) ** 3]
+        if activation.name == "smooth_leaky_relu":
+            exact = [p + (1 - p) * exact[0], *((1 - p) * d for d in exact[1:])]
+    for order, (ours, truth) in enumerate(zip(orders[1:], exact, strict=True), 1):
+        # the third vanishes at 0, where it is the difference of two terms
+        size = np.abs(truth) + (rate**2 * e if order == 3 else 0)
+        error = np.abs(ours.detach().double().numpy() - truth)
+        excess = error - (20 + 2 * np.abs(t)) * torch.finfo(dtype).eps * size
+        worst = int(excess.argmax())
+        assert excess[worst] <= 0, f"order {order} at {a[worst]}: {ours[worst]} but {truth[worst]}"
+
+
+@pytest.mark.parametrize("activation", [il.Activation("softplus", 20.0), il.Activation("celu", 0.05)], ids=str)
+def test_the_gradient_of_the_log_determinant_in_a_tail(activation):
+    layer = il.BrenierMap(1, (1,), activation=activation, inverse_lipschitz=0.0, nonneg="none")
+    with torch.no_grad():
+        layer.skip_weight.copy_(torch.tensor([[1.0], [0.0]]))
+        layer.bias.zero_()
+        layer.raw_weights[0].fill_(1.0)
+    x = torch.tensor([[-0.9]], requires_grad=True)  # 18 from the bend
+    for backend in ("native", "reference"):
+        with il.use_backend(backend):
+            gradient = torch.autograd.grad(layer.logabsdet(x).sum(), x)[0]
+            slope = torch.func.jvp(layer, (x.detach(),), (torch.ones_like(x),))[1]
+        torch.testing.assert_close(gradient, torch.full_like(x, 20.0), rtol=1e-4, atol=0)
+        torch.testing.assert_close(slope, layer.jvp(x.detach(), torch.ones_like(x))[1], rtol=1e-5, atol=0)
+
+
+def test_as_many_parameters_as_there_are_do_not_pile_up():
+    for beta in range(1, 2000):
+        encode([il.Activation("softplus", beta), "identity"])
+    assert len(activations._encoded) <= 1024
 
 
 @pytest.mark.parametrize("activation", ALL, ids=str)

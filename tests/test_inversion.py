@@ -157,6 +157,14 @@ def test_a_density_integrates_to_one():
     assert torch.trapezoid(density, grid.squeeze(-1)).item() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_result_may_be_changed_in_place(trained):
+    layer = _layer(3, (5,)).requires_grad_(trained)
+    y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (wanted,) = torch.autograd.grad((10 * layer.inverse(y)).sum(), y)
+    torch.testing.assert_close(torch.autograd.grad(layer.inverse(y).mul_(10).sum(), y)[0], wanted)
+
+
 def test_the_gradient_is_that_of_the_parameters_then():
     layer = _layer(3, (5,))
     y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

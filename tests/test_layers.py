@@ -171,6 +171,49 @@ def test_a_state_is_adopted(constant, device, dtype):
         assert value.data_ptr() == state[name].data_ptr(), name
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("constant", [0.7, il.Trained(0.7)])
+def test_a_state_in_a_low_dtype_leaves_the_constant_in_float32(constant, assign):
+    layer = il.BrenierMap(5, (4,), inverse_lipschitz=constant)
+    state = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=assign)
+    assert layer.inverse_lipschitz.dtype == torch.float32
+    dtype = torch.bfloat16 if assign else torch.float32
+    assert layer(torch.randn(2, 5, dtype=dtype)).dtype == dtype
+
+
+def test_a_parametrised_constant_moves_and_is_not_assigned_to():
+    class Square(torch.nn.Module):
+        def forward(self, a):
+            return a * a
+
+    layer = il.BrenierMap(5, (4,), inverse_lipschitz=il.Trained(0.7))
+    torch.nn.utils.parametrize.register_parametrization(layer, "raw_inverse_lipschitz", Square())
+    expected = layer.inverse_lipschitz.double()
+    layer.cpu().double()
+    torch.testing.assert_close(layer.inverse_lipschitz, expected, rtol=1e-6, atol=0)
+    assert layer(torch.randn(2, 5, dtype=torch.float64)).isfinite().all()
+    with pytest.raises(ValueError, match="raw_inverse_lipschitz is parametrised"):
+        layer.inverse_lipschitz = 0.4
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_compiled_regions_refuse_a_bad_constant_too(bad):
+    layer, x = il.BrenierMap(5, (4,)), torch.randn(2, 5)
+
+    @torch.compile(backend="eager")
+    def fill(value):
+        layer.inverse_lipschitz = value
+        return layer(x)
+
+    for value in (0.5, 0.7, 2.0):
+        torch.testing.assert_close(fill(value), layer(x))
+        assert layer.inverse_lipschitz.item() == pytest.approx(value)
+    with pytest.raises(ValueError, match="wanted a finite number >= 0"):
+        fill(bad)
+    assert layer.inverse_lipschitz.item() == 2.0
+
+
 def test_one_dimension_and_eight_layers():
     layer = il.BrenierMap(1, (3, 1, 7, 2, 5, 4, 1, 6), dtype=torch.float64)
     x = torch.linspace(-3, 3, 101, dtype=torch.float64)[:, None]

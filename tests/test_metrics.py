@@ -16,6 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from examples.closed_forms import DTYPE, Linear
 from ilvae_fast import metrics
 from ilvae_fast.vae import VAE, DiagonalGaussian, GaussianMixturePosterior, VAEConfig
+from vae_cases import batch, small_model
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -286,6 +287,16 @@ def test_measures_of_a_mixture_against_a_grid(latent_dim, points, reach):
     kl, posterior = metrics.kl_divergence(model, x), model.inference(x)
     assert kl.total == pytest.approx(model(x).kl.mean().item())
     assert kl.assignment == pytest.approx(model.prior.assignment_kl(posterior).mean().item())
+
+
+@pytest.mark.parametrize("name", ["vae", "il-lidvae"])
+def test_a_model_in_bfloat16_is_measured(name):
+    model, x = small_model(name), batch(6)
+    z = torch.zeros(4, model.config.latent_dim, dtype=torch.float64)
+    exact = metrics.inverse_lipschitz(model.decoder, z).measured
+    model, x = model.bfloat16(), x.bfloat16()
+    assert metrics.relative_fisher(model, x, 4, generator=seeded()).divergence > 0
+    assert metrics.inverse_lipschitz(model.decoder, z.bfloat16()).measured == pytest.approx(exact, rel=0.1)
 
 
 @given(constants=st.tuples(*[st.floats(0.01, 3)] * 2), seed=st.integers(0, 1000))

@@ -181,6 +181,27 @@ def test_a_mixture_prior_and_its_posterior(trained):
     torch.testing.assert_close(prior.assignment_kl(posterior), distributions.kl_divergence(q_y, uniform))
 
 
+def test_a_component_that_the_encoder_rules_out():
+    prior = GaussianMixture(2, num_components=3)
+    logits = torch.tensor([[0.3, -torch.inf, 0.1]], requires_grad=True)
+    posterior = GaussianMixturePosterior(logits, torch.zeros(1, 3, 2), torch.zeros(1, 3, 2))
+    kl = prior.assignment_kl(posterior)
+    q = torch.tensor([0.3, 0.1]).softmax(0)
+    torch.testing.assert_close(kl, (q * q.log()).sum().reshape(1) + math.log(3))
+    assert torch.autograd.grad(kl.sum(), logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("log_variance", [-1e-3, -1e-5, 1e-4, 0.0, 1e-2])
+def test_the_kl_near_collapse_is_accurate_in_float32(log_variance):
+    t = torch.tensor([[log_variance]])
+    exact = 0.5 * (t.double().expm1() - t.double() + 0 * t.double())
+    kl = StandardNormal(1).kl(DiagonalGaussian(torch.zeros(1, 1), t))
+    assert abs(kl.item() - exact.item()) <= 1e-7 * abs(log_variance)
+    prior = GaussianMixture(1, num_components=1, spread=0.0)
+    mixture = GaussianMixturePosterior(torch.zeros(1, 1), torch.zeros(1, 1, 1), t.unsqueeze(1))
+    torch.testing.assert_close(prior.kl(mixture), kl)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_loss_of_a_mixture_sums_over_its_components(name):
     model, x = small_model(name, kl_weight=0.5), batch(2, 4)

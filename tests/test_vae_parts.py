@@ -129,6 +129,15 @@ def test_an_optimal_variance_follows_the_mean_squared_error(weighted):
     assert abs(slope.item()) < 1e-10
 
 
+@pytest.mark.parametrize("bad", [torch.empty(0, 5), torch.full((3, 5), torch.nan)], ids=["empty", "nan"])
+def test_an_optimal_variance_survives_a_batch_without_errors_to_average(bad):
+    likelihood = Gaussian(scale=5.0, variance="optimal")
+    likelihood.adapt(bad, torch.zeros_like(bad), None)
+    assert likelihood.scale.item() == pytest.approx(5.0)
+    likelihood.adapt(torch.full((3, 5), 2.0), torch.zeros(3, 5), None)  # still the first to count
+    assert likelihood.scale.item() == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_optimal_variance_of_no_error_stays_above_zero(dtype):
     likelihood, x = Gaussian(scale=5.0, variance="optimal").to(dtype), batch(4).to(dtype)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ilvae_fast import _files, data, metrics
+from ilvae_fast import BrenierDecoder, Trained, _files, data, metrics
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, loop, shard, sweep, train
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 
@@ -75,6 +75,13 @@ def gradients(folder: Path) -> None:
     torch.testing.assert_close(sharded.log_likelihood(x, 2), whole.log_likelihood(x, 2), rtol=1e-4, atol=1e-4)
     z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(sharded.decode(z), whole.decode(z), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sharded.decoder.inverse_lipschitz_bound(), whole.decoder.inverse_lipschitz_bound())
+    alone, spread = (
+        BrenierDecoder(3, 64, ((8,), (24,)), embedding="orthogonal", inverse_lipschitz=Trained(0.3)) for _ in range(2)
+    )
+    for part in (spread.latent_map, spread.data_map, spread):
+        fully_shard(part)
+    torch.testing.assert_close(spread.inverse_lipschitz_bound(), alone.inverse_lipschitz_bound())
     torch.testing.assert_close(
         metrics.decoder_jacobian(sharded.decoder, z), whole.decoder.jacobian(z), rtol=1e-4, atol=1e-5
     )

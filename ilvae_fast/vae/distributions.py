@@ -216,7 +216,7 @@ class StandardNormal(Prior):
         """``KL(q(z|x) || p(z))`` of each coordinate (Kingma & Welling, ICLR 2014, appendix B)."""
         assert isinstance(posterior, DiagonalGaussian)
         mean, log_variance = posterior
-        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return 0.5 * (mean.square() + log_variance.expm1() - log_variance)
 
 
 def _log_variance_of_rate(rate: float) -> float:
@@ -290,14 +290,15 @@ class GaussianMixture(Prior):
         precision = (-self.log_variances).exp()
         difference = posterior.log_variances - self.log_variances
         square = (posterior.means - self.means).square() * precision
-        given_y = 0.5 * (square + difference.exp() - 1 - difference)
+        given_y = 0.5 * (square + difference.expm1() - difference)
         return (posterior.logits.softmax(-1).unsqueeze(-1) * given_y).sum(-2)
 
     def assignment_kl(self, posterior: Posterior) -> Tensor:
         """``KL(q(y|x) || p(y))``."""
         assert isinstance(posterior, GaussianMixturePosterior)
         log_q = posterior.logits.log_softmax(-1)
-        return (log_q.exp() * log_q).sum(-1) + math.log(self.num_components)
+        finite = log_q.clamp(min=torch.finfo(log_q.dtype).min)  # 0 log 0 = 0 where an encoder rules a component out
+        return (log_q.exp() * finite).sum(-1) + math.log(self.num_components)
 
     def extra_repr(self) -> str:
         return f"{self.latent_dim}, num_components={self.num_components}"

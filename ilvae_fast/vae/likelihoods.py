@@ -194,8 +194,10 @@ class Gaussian(Likelihood):
             mean = mean / dist.get_world_size()
         rate = torch.where(self.steps == 0, 1.0, self._MOMENTUM).to(self.log_scale.dtype)
         variance = torch.lerp((2 * self.log_scale).exp(), mean, rate)
-        self.log_scale.copy_((0.5 * variance.log()).clamp(min=math.log(self._LEAST * self._fixed)))
-        self.steps.add_(1)
+        adapted = (0.5 * variance.log()).clamp(min=math.log(self._LEAST * self._fixed))
+        usable = mean.isfinite()  # an empty batch, or NaN, which the average would keep for ever
+        self.log_scale.copy_(torch.where(usable, adapted, self.log_scale))
+        self.steps.add_(usable)
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
         square = ((x - f) / self.scale).square().sum(-1)
