@@ -151,7 +151,9 @@ def encode(activations: Sequence[str | Activation]) -> EncodedActivations:
                 "only the first layer may be merely convex"
             )
     result = EncodedActivations([a.code for a in layers], [float(a.parameter or 0.0) for a in layers], layers)
-    if not torch.compiler.is_compiling() and len(_encoded) < 1024:
+    if not torch.compiler.is_compiling():
+        if len(_encoded) >= 1024:  # parameters that change in every step would pile up
+            _encoded.clear()
         _encoded[key] = result
     return result
 
