@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import memory, peers, plots, suite, timing
+from benchmarks import memory, peers, plots, record, suite, timing
 from benchmarks.__main__ import check, failures, timed
 from benchmarks.peers import PEERS, Problem
 
@@ -85,3 +85,12 @@ def test_ours_keeps_at_most_half_of_what_eager_keeps():
     ):
         assert memory._kept(problem, peers.ours(problem, **options)) <= most
     assert memory._peak(lambda: torch.ones(1 << 24)) >= (1 << 26)
+
+
+@pytest.mark.parametrize("said", ["abc1234", None])
+def test_a_result_names_its_commit_where_there_is_no_git(monkeypatch, said):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("ILVAE_FAST_COMMIT", raising=False)
+    if said:
+        monkeypatch.setenv("ILVAE_FAST_COMMIT", said)
+    assert record.provenance()["commit"] == (said or "unknown")

@@ -83,6 +83,14 @@ def test_a_step_that_fails_fails_the_stage(tmp_path):
     assert "planted" in result.stdout
 
 
+def test_a_step_that_failed_before_it_was_cut_off_has_failed(tmp_path):
+    (tmp_path / "pytest.py").write_text("import time\nprint('1 failed', flush=True)\ntime.sleep(60)\n")
+    result = run(tmp_path, "check", "--dry-run", PYTHONPATH=str(tmp_path), ILVAE_FAST_STAGE_SECONDS="8")
+    assert result.returncode == 1, result.stdout
+    assert "device_tests: failed" in result.stdout
+    assert (tmp_path / "check.tar.gz").stat().st_size > 0
+
+
 @pytest.mark.parametrize("arguments", [[], ["everything"], ["check", "--dry"]])
 def test_usage(tmp_path, arguments):
     result = run(tmp_path, *arguments)
