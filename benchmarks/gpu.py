@@ -296,14 +296,14 @@ def bench(out: Path, device: str, seconds: float) -> int:
     def time_row(row: Row, compiled: bool) -> None:
         measured = measure(row, device, compiled, result["ceilings"], 0.25 if device == "cuda" else 0.01)
         result["rows"].append(measured)
-        done.append(row)
+        timed.append((row, measured))
         _print(measured)
 
-    done: list[Row] = []
+    timed: list[tuple[Row, dict[str, Any]]] = []
     for i, row in enumerate(rows(device)):
         attempt(f"{model.Network(*row[:4])} {row[4]}", 60, functools.partial(time_row, row, i < len(COMPILED)))
     # last: what a profiler leaves behind may slow every launch after it
-    for row, measured in zip(done, list(result["rows"]), strict=True):
+    for row, measured in timed:
         attempt(f"kernels of {measured['row']}", 5, functools.partial(add_kernels, measured, row, device))
     for name in result["cut_off"]:
         print("CUT OFF", name)

@@ -134,9 +134,7 @@ def _padded(problem: Problem, x: Tensor) -> Tensor:
     return F.pad(x, (0, problem.width - x.shape[-1])) if problem.latent else x
 
 
-def potential(
-    y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], constant: Tensor | float
-) -> Tensor:
+def potential(y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], constant: Tensor) -> Tensor:
     """``G(y) + L/2 |y|^2`` as everybody writes it, by PyTorch's own softplus."""
     widths = [w.shape[1] for w in weights]
     first, *others, out = F.linear(y, skip_weight, bias).split([*widths, 1], dim=-1)

@@ -6,10 +6,8 @@ ILVAE_FAST_TEST_DEVICE=cpu rehearses these tests without a GPU. test_small_set i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 from torch.library import opcheck
 
 import ilvae_fast as il
+from benchmarks.gpu import matmul_precision
 from cases import Case
 from comparison import assert_as_accurate_as_eager, assert_equal_to_rounding
 from ilvae_fast import Activation, functional, reference
@@ -51,6 +50,7 @@ SHAPES = [
 SMALL = [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[12]]
 STREAMED = SHAPES[14]  # in 16 bits its rows are odd, and packed
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, *([torch.float16] if DEVICE == "cuda" else [])]
+TF32_EPS = 2.0**-10
 COTANGENTS = [(True, True), (True, False), (False, True)]
 
 
@@ -61,16 +61,6 @@ def compiled_networks() -> list[tuple[int, tuple[int, ...]]]:
     # the layers: too many for resident weights, and so many that not even the map has them
     streamed = [(n, d, k) for n, d in re.findall(r"S\((\d+), (\d+), true\)", text) for k in ("3", "4")]
     return [(int(d), (int(n),) * int(k)) for n, d, k in resident + streamed]
-
-
-@contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def tensors_of(shape, dtype, activation=SOFTPLUS, seed=0, route="auto"):
@@ -122,12 +112,9 @@ def test_other_activations(shape, activation):
         check(tensors_of(shape, dtype, activation), dtype, (True, True))
 
 
-TF32_EPS = 2.0**-10
-
-
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_tf32_is_as_accurate_as_eager_with_tf32(shape):
-    with tf32():
+    with matmul_precision("tf32"):
         check(tensors_of(shape, torch.float32), torch.float32, (True, True), eps=TF32_EPS)
 
 
@@ -139,8 +126,8 @@ def test_every_compiled_shape(network, kind):
     try:
         il.plan(70, width, hidden, dtype=dtype, route="fused", device=DEVICE)
     except ValueError as refusal:
-        pytest.skip(str(refusal))
-    with tf32() if kind == "tf32" else contextlib.nullcontext():
+        pytest.skip(str(refusal))  # less shared memory than an H100's; in the rehearsal, 16 bits on the CPU
+    with matmul_precision(kind):
         tensors = tensors_of((width, hidden, 70, "none"), dtype, route="fused")
         check(tensors, dtype, (True, True), eps=TF32_EPS if kind == "tf32" else None)
 
@@ -150,7 +137,7 @@ def test_small_set(shape):
     for dtype in DTYPES[1:]:
         tensors = tensors_of(shape, dtype)
         assert all(t.isfinite().all() for t in tensors.gradients(functional, True, True).values())
-    with tf32():
+    with matmul_precision("tf32"):
         tensors = tensors_of(shape, torch.float32)
         assert all(t.isfinite().all() for t in tensors.gradients(functional, True, True).values())
 
@@ -190,6 +177,7 @@ def test_transformations_see_what_the_operators_do(shape, dtype):
         assert error <= 8 * eps * scale, (name, error, scale)
 
 
+# there is no other device to be on; the rehearsal runs it on the CPU
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_a_device_that_is_not_the_current_one():
     device = "cuda:1" if DEVICE == "cuda" else DEVICE

@@ -56,6 +56,7 @@ def test_a_stage_runs_all_its_steps(stage, tmp_path):
     if stage == "check":
         assert "compute-sanitizer --tool racecheck" in commands["racecheck"]
     if stage == "profile":
+        assert "--set detailed" in commands["ncu0"]
         assert "--clock-control none" in commands["ncu0"]
         assert json.loads((tmp_path / stage / "breakdown.json").read_text())["rows"]
     if stage == "bench":
