@@ -56,9 +56,9 @@ class Operands {
 
  private:
   Tensor x_, skip_weight_, embedding_, embedded_weight_;
-  std::vector<Tensor> held_;
-  std::vector<const T*> weights_;
-  std::vector<cpu::HiddenUnits> hidden_;
+  PerLayer<Tensor> held_;
+  PerLayer<const T*> weights_;
+  PerLayer<cpu::HiddenUnits> hidden_;
   cpu::Network<T> network_;
 };
 
@@ -101,7 +101,7 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, con
 
   cpu::TrainingArguments<T> c;
   cpu::ParameterGradients<T> gradients;
-  std::vector<T*> weight_gradients(p.layers());
+  PerLayer<T*> weight_gradients(p.layers());
   gradients.weights = weight_gradients.data();
   c.rows = p.rows;
   c.x = pointer<T>(operands.x());

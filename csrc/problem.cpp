@@ -127,6 +127,7 @@ Choice choice_of(const at::Tensor& x, [[maybe_unused]] const at::Tensor& skip_we
   const auto columns = [](const at::Tensor& t) {
     return t.dim() == 2 ? t.sym_size(1).guard_int(__FILE__, __LINE__) : 0;
   };
+  layers.widths.reserve(weights.size());
   for (const auto& w : weights) layers.widths.push_back(columns(w));
   layers.full_precision = operand == at::kFloat || operand == at::kDouble;
 #if defined(ILVAE_CUDA)

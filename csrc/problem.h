@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 #include <vector>
@@ -17,16 +18,20 @@ enum Gradient : size_t { grad_x, grad_skip_weight, grad_bias, grad_inverse_lipsc
 // Two cotangents and all of these have bits in an integer.
 inline constexpr int64_t max_layers = 55;
 
+// One element for each layer; networks of usual depth need no allocation, of which a small call could make dozens.
+template <class T>
+using PerLayer = c10::SmallVector<T, 4>;
+
 // The operands of an operator as they came; `embedding` undefined: none, or the padded identity where x is narrower
 // than skip_weight.
 struct Arguments {
-  at::Tensor x;                     // (..., m)
-  at::Tensor skip_weight;           // (S+1, d)
-  at::Tensor bias;                  // (S+1)
-  std::vector<at::Tensor> weights;  // W_2 .. W_K, w
-  at::Tensor inverse_lipschitz;     // (1), float32 or float64
-  at::Tensor embedding;             // B (d, m) or undefined
-  at::IntArrayRef activations;      // ActivationKind of the K hidden layers and the output
+  at::Tensor x;                  // (..., m)
+  at::Tensor skip_weight;        // (S+1, d)
+  at::Tensor bias;               // (S+1)
+  at::TensorList weights;        // W_2 .. W_K, w
+  at::Tensor inverse_lipschitz;  // (1), float32 or float64
+  at::Tensor embedding;          // B (d, m) or undefined
+  at::IntArrayRef activations;   // ActivationKind of the K hidden layers and the output
   at::ArrayRef<double> activation_parameters;
   std::optional<at::ScalarType> product_dtype;  // operands of matrix products, where not the dtype of x (autocast)
 
@@ -59,15 +64,15 @@ struct Problem {
   at::ScalarType operand;  // enters matrix products: float64, float32, bfloat16 or float16
   at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32
   at::ScalarType output;
-  int64_t rows, input, width, units;     // N, m, d, S
-  std::vector<int64_t> widths, offsets;  // n_k and its first column among the units, for the K hidden layers
-  std::vector<Activation> activations;   // K + 1
-  at::Tensor x;                          // (N, m), as it came
-  at::Tensor skip_weight;                // operand
-  at::Tensor bias, output_weight;        // real, contiguous
-  std::vector<at::Tensor> weights;       // operand
-  at::Tensor inverse_lipschitz;          // real
-  at::Tensor embedding;                  // as it came, or undefined
+  int64_t rows, input, width, units;  // N, m, d, S
+  PerLayer<int64_t> widths, offsets;  // n_k and its first column among the units, for the K hidden layers
+  PerLayer<Activation> activations;   // K + 1
+  at::Tensor x;                       // (N, m), as it came
+  at::Tensor skip_weight;             // operand
+  at::Tensor bias, output_weight;     // real, contiguous
+  PerLayer<at::Tensor> weights;       // operand
+  at::Tensor inverse_lipschitz;       // real
+  at::Tensor embedding;               // as it came, or undefined
 
   size_t layers() const { return widths.size(); }
   bool padded() const { return !embedding.defined() && input < width; }

@@ -51,6 +51,17 @@ class BrenierGradients(NamedTuple):
     embedding: Tensor | None
 
 
+# Names as the operators take them: gradient i by bit i, those of the weights, the last, by all that follow.
+_GRADIENT_BITS = {
+    "x": 1 << 0,
+    "skip_weight": 1 << 1,
+    "bias": 1 << 2,
+    "inverse_lipschitz": 1 << 3,
+    "embedding": 1 << 4,
+    "weights": -1 << 5,
+}
+
+
 class Operands(NamedTuple):
     """The arguments of one call, checked where Python holds them and in the form the operators take."""
 
@@ -275,23 +286,22 @@ def brenier_map_vjp(
     """
     if map_cotangent is None and potential_cotangent is None:
         raise ValueError("map_cotangent and potential_cotangent: got neither, wanted at least one")
+    wanted = 0
     for name in wrt:
-        if name not in BrenierGradients._fields:
+        if name not in _GRADIENT_BITS:
             raise unknown_name("wrt", name, BrenierGradients._fields)
+        wanted |= _GRADIENT_BITS[name]
     operands = prepare(x, skip_weight, bias, weights, activations, inverse_lipschitz, embedding, route, None, validate)
-    wanted = [
-        "x" in wrt,
-        "skip_weight" in wrt,
-        "bias" in wrt,
-        "inverse_lipschitz" in wrt and isinstance(inverse_lipschitz, Tensor),
-        "embedding" in wrt and operands.embedding is not None,
-        *["weights" in wrt] * len(weights),
-    ]
+    if not isinstance(inverse_lipschitz, Tensor):
+        wanted &= ~_GRADIENT_BITS["inverse_lipschitz"]
+    if operands.embedding is None:
+        wanted &= ~_GRADIENT_BITS["embedding"]
+    wanted &= (1 << 5 + len(weights)) - 1
     terms = ops.plain_training_terms if _backend._current == "reference" else ops.training_terms
     gx, ga, gb, gl, ge, *gw = terms(operands, map_cotangent, potential_cotangent, wanted)
-    if isinstance(inverse_lipschitz, Tensor) and gl is not None and inverse_lipschitz.dim() == 0:
+    if gl is not None and inverse_lipschitz.dim() == 0:  # type: ignore[union-attr]
         gl = gl.reshape(())
-    return BrenierGradients(gx, ga, gb, [g for g in gw if g is not None] if "weights" in wrt else None, gl, ge)
+    return BrenierGradients(gx, ga, gb, gw if "weights" in wrt else None, gl, ge)  # type: ignore[arg-type]
 
 
 def brenier_map_jvp(

@@ -373,16 +373,18 @@ def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) 
 
 
 def training_terms(
-    operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: Sequence[bool]
+    operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: int
 ) -> list[Tensor | None]:
-    """Gradients in tensor order; None where not wanted."""
+    """Gradients in tensor order; bit i of ``wanted`` says whether gradient i is computed, else it is None."""
+    x, skip_weight, bias, weights, constant, embedding, activations, route, _ = operands
     if _transforms_active():
-        static = Static(operands.activations, tuple(wanted), operands.route)
+        flags = _flags(wanted, 5 + len(weights))
+        static = Static(activations, flags, route)
         cotangents = (map_cotangent, potential_cotangent)
         terms = _apply(_TrainingTerms, _plain_training_terms, static, *cotangents, *_in_order(operands))
-        return _spread(terms, wanted)
-    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
-    results = _training_terms(
+        return _spread(terms, flags)
+    codes, parameters, _ = activations
+    gradients = _training_terms(
         x,
         skip_weight,
         bias,
@@ -394,11 +396,11 @@ def training_terms(
         [],
         codes,
         parameters,
-        _bits(wanted),
+        wanted,
         None,
         route,
     )
-    return [r if w else None for r, w in zip(results, wanted, strict=True)]
+    return [gradient if wanted >> i & 1 else None for i, gradient in enumerate(gradients)]
 
 
 def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -412,11 +414,12 @@ def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_training_terms(
-    operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: Sequence[bool]
+    operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: int
 ) -> list[Tensor | None]:
     """:func:`training_terms` by automatic differentiation."""
-    static = Static(operands.activations, tuple(wanted))
-    return _spread(_plain_training_terms(static, map_cotangent, potential_cotangent, *_in_order(operands)), wanted)
+    flags = _flags(wanted, 5 + len(operands.weights))
+    static = Static(operands.activations, flags)
+    return _spread(_plain_training_terms(static, map_cotangent, potential_cotangent, *_in_order(operands)), flags)
 
 
 def plain_map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 #include "cpu/fused.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
 #include <type_traits>
-#include <vector>
 
 #include "cpu/instruction_set.h"
 
@@ -16,9 +16,14 @@ namespace ilvae::cpu {
 namespace {
 
 // Flops below which a second thread costs more than it brings (benchmarks/NOTES.md).
-constexpr double serial_flops = 1e6;
-// Operands of the weight gradients above which rows are worked through in chunks: of one thread, of all together.
-constexpr int64_t chunk_bytes = int64_t(1) << 20, shared_bytes = int64_t(64) << 20;
+constexpr double serial_flops = 7e5;
+// Operands of the weight gradients above which rows are worked through in chunks: of one thread, of all together. More
+// for one thread would push what the rest of a training step needs out of its L2 cache.
+constexpr int64_t chunk_bytes = int64_t(1) << 18, shared_bytes = int64_t(64) << 20;
+
+// Few of them need no allocation, of which a small call could make dozens.
+template <class T>
+using Few = c10::SmallVector<T, 8>;
 
 template <class T>
 const FusedKernels<T>& kernels() {
@@ -94,8 +99,8 @@ void run(int64_t count, int threads, const Task& task) {
 // A function of the batch alone: saved panels outlive changes of the number of threads.
 int64_t tile_lanes(int64_t rows, int64_t most) { return std::min(most, padded_rows((rows + 1) / 2)); }
 
-std::vector<Tile> tiles_of(int64_t begin, int64_t end, int64_t lanes) {
-  std::vector<Tile> tiles;
+Few<Tile> tiles_of(int64_t begin, int64_t end, int64_t lanes) {
+  Few<Tile> tiles;
   for (int64_t row = begin; row < end; row += lanes) {
     const int64_t rows = std::min(lanes, end - row);
     tiles.push_back({int64_t(tiles.size()), row - begin, row, rows, std::min(lanes, padded_rows(rows))});
@@ -179,8 +184,8 @@ class Gradients {
     int64_t panel, begin, end;
   };
   // The gradients of a chunk that was swept into the placed operands, in pieces of at most `height` rows.
-  std::vector<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t threads) const {
-    std::vector<Piece> result;
+  Few<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t threads) const {
+    Few<Piece> result;
     const auto split = [&](T* gradient, int64_t rows, int64_t columns, int64_t first_unit, bool dot, const T* right,
                            int64_t right_columns, const T* right_tangent) {
       if (!gradient) return;
@@ -215,7 +220,7 @@ class Gradients {
   }
 
   // The sums over rows: grad_b and grad_L.
-  void sums(const ParameterGradients<T>& target, const std::vector<Tile>& tiles, bool add) const {
+  void sums(const ParameterGradients<T>& target, const Few<Tile>& tiles, bool add) const {
     if (target.bias) kernels_.sum_rows(target.bias, kept_.d_tangent, net_.units + 1, tiles.data(), tiles.size(), add);
     if (target.inverse_lipschitz) {
       T sum = add ? *target.inverse_lipschitz : T(0);
@@ -225,7 +230,7 @@ class Gradients {
   }
 
   // The same gradients in other memory, one after the other.
-  ParameterGradients<T> elsewhere(T* memory, std::vector<T*>& weights) const {
+  ParameterGradients<T> elsewhere(T* memory, Few<T*>& weights) const {
     ParameterGradients<T> other = wanted_;
     weights.assign(wanted_.weights, wanted_.weights + net_.layers);
     const auto move = [&](T*& pointer, int64_t count) {
@@ -271,9 +276,9 @@ class Gradients {
   const ParameterGradients<T> wanted_;
   const FusedKernels<T>& kernels_;
   bool narrow_ = false;
-  std::vector<T*> h_, h_tangent_;
+  Few<T*> h_, h_tangent_;
   Operands<T> kept_;
-  std::vector<std::pair<T**, int64_t>> wishes_;
+  Few<std::pair<T**, int64_t>> wishes_;
   int64_t per_lane_ = 0, parameters_ = 0;
 };
 
@@ -290,7 +295,7 @@ void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, cons
   T* const partial = threads > 1 ? shared_memory<T>(parameters * (threads - 1)) : nullptr;
   run(threads, threads, [&](int64_t share) {
     Gradients<T> gradients(net, wanted, tangent);
-    std::vector<T*> weights;
+    Few<T*> weights;
     const auto target = share == 0 ? wanted : gradients.elsewhere(partial + (share - 1) * parameters, weights);
     const int64_t per_lane = gradients.elements_per_lane();
     const int64_t chunk =

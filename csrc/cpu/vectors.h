@@ -142,17 +142,6 @@ ILVAE_INLINE void activate(const Function& s, const T* a, int64_t n, const Body&
   for (; i < n; i += lanes_of<T>) body(i, s(Wide<T, 1>::load(a + i)));
 }
 
-// The sum of the lanes, in one fixed order.
-template <class T>
-ILVAE_INLINE T sum_lanes(Vector<T> v) {
-  T part[lanes_of<T>];
-  store(part, v);
-  for (int width = lanes_of<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  }
-  return part[0];
-}
-
 namespace detail {
 
 // Exchanges the off-diagonal step x step blocks of rows i and i + step.
@@ -181,7 +170,37 @@ ILVAE_INLINE void transpose_square(Vector<T> (&rows)[lanes_of<T>]) {
   }
 }
 
+// The same steps, each adding what it brought together: lane j of v[0] becomes a sum of lanes of v[j % count], those
+// j % count, j % count + count, .. stand for all.
+template <class T, int count, int step = 1>
+ILVAE_INLINE void add_crosswise(Vector<T>* v) {
+  if constexpr (step < count) {
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i += 2 * step) {
+      exchange<T, step>(v[i], v[i + step], std::make_integer_sequence<int, lanes_of<T>>());
+      v[i] += v[i + step];
+    }
+    add_crosswise<T, count, 2 * step>(v);
+  }
+}
+
 }  // namespace detail
+
+// sums[i] = the sum of the lanes of v[i], in one fixed order; count is a power of two. Overwrites v.
+template <class T, int count>
+ILVAE_INLINE void sum_lanes(T* sums, Vector<T>* v) {
+  constexpr int n = lanes_of<T>, at_once = count < n ? count : n;
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i += at_once) {
+    detail::add_crosswise<T, at_once>(v + i);
+    T part[n];
+    store(part, v[i]);
+    for (int j = 0; j < at_once; ++j) {
+      sums[i + j] = part[j];
+      for (int k = j + at_once; k < n; k += at_once) sums[i + j] += part[k];
+    }
+  }
+}
 
 // to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns.
 template <class T>

@@ -78,22 +78,24 @@ static void dot_block(const WeightGradient<T>& g, const Tile* tiles, int64_t cou
       const int64_t present = g.right_columns[pair] - j;
       for (int64_t r = 0; r < lanes; r += lanes_of<T>) {
         Vector<T> a[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int p = 0; p < rows; ++p) a[p] = load(left + p * lanes + r);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int q = 0; q < columns; ++q) {
           if (q >= present) break;
           const auto b = load(right + q * lanes + r);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int p = 0; p < rows; ++p) sum[p][q] += a[p] * b;
         }
       }
     }
   }
+  T sums[rows][columns];
+  sum_lanes<T, rows * columns>(sums[0], sum[0]);
   for (int p = 0; p < rows; ++p) {
     for (int q = 0; q < columns; ++q) {
       T& target = g.gradient[(i + p) * g.columns + j + q];
-      target = (g.add ? target : T(0)) + sum_lanes<T>(sum[p][q]);
+      target = (g.add ? target : T(0)) + sums[p][q];
     }
   }
 }
@@ -103,29 +105,40 @@ static void weight_gradient(const WeightGradient<T>& g, const Tile* tiles, int64
                             int64_t end) {
   if (!g.dot) return weight_gradient_panel(g, tiles, count, panel, begin, end);
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4) {
+  const auto rows_with = [&]<int rows, int columns>(int64_t j) {
+    for (int64_t p = i; p < i + 8; p += rows) dot_block<rows, columns>(g, tiles, count, p, j);
+  };
+  for (; i + 8 <= end; i += 8) {
     int64_t j = 0;
-    for (; j + 4 <= g.columns; j += 4) dot_block<4, 4>(g, tiles, count, i, j);
-    for (; j + 2 <= g.columns; j += 2) dot_block<4, 2>(g, tiles, count, i, j);
-    for (; j < g.columns; ++j) dot_block<4, 1>(g, tiles, count, i, j);
+    for (; j + 4 <= g.columns; j += 4) rows_with.template operator()<4, 4>(j);
+    for (; j + 2 <= g.columns; j += 2) rows_with.template operator()<8, 2>(j);
+    for (; j < g.columns; ++j) rows_with.template operator()<8, 1>(j);
   }
   for (; i < end; ++i) {
     int64_t j = 0;
-    for (; j + 4 <= g.columns; j += 4) dot_block<1, 4>(g, tiles, count, i, j);
+    for (; j + 8 <= g.columns; j += 8) dot_block<1, 8>(g, tiles, count, i, j);
     for (; j < g.columns; ++j) dot_block<1, 1>(g, tiles, count, i, j);
   }
 }
 
 template <class T>
 static void sum_rows(T* gradient, const T* panels, int64_t units, const Tile* tiles, int64_t count, bool add) {
-  for (int64_t i = 0; i < units; ++i) {
-    Vector<T> sum{};
+  const auto sum_units = [&]<int n>(int64_t i) {
+    Vector<T> sum[n] = {};
     for (int64_t t = 0; t < count; ++t) {
-      const T* const row = panels + tiles[t].offset * units + i * tiles[t].lanes;
-      for (int64_t r = 0; r < tiles[t].lanes; r += lanes_of<T>) sum += load(row + r);
+      const T* const rows = panels + tiles[t].offset * units + i * tiles[t].lanes;
+      for (int64_t r = 0; r < tiles[t].lanes; r += lanes_of<T>) {
+#pragma GCC unroll 8
+        for (int j = 0; j < n; ++j) sum[j] += load(rows + j * tiles[t].lanes + r);
+      }
     }
-    gradient[i] = (add ? gradient[i] : T(0)) + sum_lanes<T>(sum);
-  }
+    T sums[n];
+    sum_lanes<T, n>(sums, sum);
+    for (int j = 0; j < n; ++j) gradient[i + j] = (add ? gradient[i + j] : T(0)) + sums[j];
+  };
+  int64_t i = 0;
+  for (; i + 8 <= units; i += 8) sum_units.template operator()<8>(i);
+  for (; i < units; ++i) sum_units.template operator()<1>(i);
 }
 
 }  // namespace ilvae::cpu::ILVAE_ISA
