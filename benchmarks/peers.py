@@ -115,17 +115,21 @@ def ours(problem: Problem, **options: Any) -> Step:
 
 
 def ours_stateless(problem: Problem) -> Step:
-    """The stateless pair ``brenier_map`` and ``brenier_map_vjp``."""
+    """The stateless pair ``brenier_map`` and ``brenier_map_vjp``, of tensors without autograd as ``torch.func`` has."""
     options = _options(problem)
+    operands = (
+        problem.x.detach(),
+        problem.skip_weight.detach(),
+        problem.bias.detach(),
+        [w.detach() for w in problem.weights],
+    )
 
-    @torch.no_grad()
     def step() -> list[Tensor]:
-        operands = (problem.x, problem.skip_weight, problem.bias, problem.weights)
         t = functional.brenier_map(*operands, **options)
-        g = functional.brenier_map_vjp(
+        g: Any = functional.brenier_map_vjp(
             *operands, **options, map_cotangent=problem.v, wrt=("x", "skip_weight", "bias", "weights")
         )
-        return [t, *(gradient for gradient in (g.x, g.skip_weight, g.bias, *(g.weights or [])) if gradient is not None)]
+        return [t, g.x, g.skip_weight, g.bias, *g.weights]
 
     return step
 

@@ -3,6 +3,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "batched.h"
 #include "ops.h"
 #include "problem.h"
@@ -25,6 +27,7 @@ struct Static : torch::CustomClassHolder {
   OptionalType saved_dtype;
   int64_t wanted = 0;
   std::vector<Tensor> saved;
+  Tensor unwanted;  // potential or map as it comes back where not wanted
 
   Static(at::IntArrayRef activations, Floats parameters, OptionalType product_dtype, int64_t route)
       : activations(activations.vec()), parameters(parameters.vec()), product_dtype(product_dtype), route(route) {}
@@ -95,9 +98,10 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     ctx->save_for_backward(kept);
     ctx->set_materialize_grads(false);
     store(ctx, s);
-    if (!s->want_potential) ctx->mark_non_differentiable({potential});
-    if (!s->want_map) ctx->mark_non_differentiable({map});
-    return {potential, map};
+    // only what is wanted: autograd wraps every output
+    if (s->want_potential && s->want_map) return {potential, map};
+    s->unwanted = s->want_map ? potential : map;
+    return {s->want_map ? map : potential};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list cotangents) {
@@ -107,7 +111,11 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     const at::TensorList weights(kept.data() + grad_weights, layers);
     const at::TensorList saved(kept.data() + grad_weights + layers, kept.size() - grad_weights - layers);
     variable_list gradients(grad_weights + layers + 1);  // and Static
-    if (!cotangents[0].defined() && !cotangents[1].defined()) return gradients;
+    if (std::none_of(cotangents.begin(), cotangents.end(), [](const Tensor& c) { return c.defined(); })) {
+      return gradients;
+    }
+    if (!s.want_potential) cotangents.insert(cotangents.begin(), Tensor());
+    if (!s.want_map) cotangents.push_back(Tensor());
     Edges edges(ctx);
     int64_t wanted = 0;
     for (size_t i = 0; i < grad_weights + layers; ++i) wanted |= int64_t(edges.next(kept[i].defined())) << i;
@@ -222,7 +230,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
     const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
     Floats activation_parameters, bool want_potential, bool want_map, bool save, OptionalType product_dtype,
     int64_t route, std::optional<bool> recompute, OptionalType saved_dtype) {
-  if (!records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()))) {
+  const bool recorded =
+      records("potential_and_map", weights, x, skip_weight, bias, inverse_lipschitz, embedding.value_or(Tensor()));
+  if (!recorded || !(want_potential || want_map)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return potential_and_map().call(x, skip_weight, bias, weights, inverse_lipschitz, embedding, activations,
                                     activation_parameters, want_potential, want_map, save, product_dtype, route,
@@ -238,7 +248,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_autograd(
   s->recompute = choice.recompute;
   s->saved_dtype = operand == at::kBFloat16 && !x.is_cuda() ? at::kFloat : operand;
   auto values = PotentialAndMapFunction::apply(x, skip_weight, bias, inverse_lipschitz, embedding, weights, s);
-  return {values[0], values[1], {}};
+  if (want_potential && want_map) return {values[0], values[1], {}};
+  if (want_map) return {std::move(s->unwanted), values[0], {}};
+  return {values[0], std::move(s->unwanted), {}};
 }
 
 std::vector<Tensor> training_terms_autograd(const Tensor& x, const Tensor& skip_weight, const Tensor& bias,

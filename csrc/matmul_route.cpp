@@ -117,7 +117,13 @@ class Sweep {
   // The last hidden layer and the output unit: o and, if wanted, G (N), the last h and the top of `d`.
   void turn(const Tensor& potential_cotangent, const Tensor& potential, bool keep_hidden, bool want_d) {
     const auto last = p_.layers() - 1;
-    if (want_d) d_ = unit_columns(at::empty({stacks_ * p_.rows, padded_units(p_.units)}, p_.options(p_.operand)));
+    if (want_d) {
+      d_ = at::empty({stacks_ * p_.rows, padded_units(p_.units)}, p_.options(p_.operand));
+      // Where a CPU has AMX oneDNN multiplies by zero what lies beside the columns of an operand, also what down() has
+      // not written yet, and NaN times zero is NaN (its issue 5717).
+      if (p_.operand == at::kBFloat16 && d_.is_cpu()) d_.zero_();
+      d_ = unit_columns(d_);
+    }
     if (keep_hidden) hidden_[last] = at::empty({stacks_ * p_.rows, p_.widths[last]}, p_.options(p_.operand));
     for_types(p_, [&]<class Real, class Operand, class Stored>() {
       auto layer = hidden_layer<Real, Operand, Stored>(last);

@@ -93,9 +93,12 @@ Tensor flat(const OptionalTensor& t, const Arguments& c, int64_t columns) {
   return columns > 0 ? t->reshape({rows, columns}) : t->reshape({rows});
 }
 
-std::vector<int64_t> leading(const Tensor& x) { return x.sizes().slice(0, x.dim() - 1).vec(); }
+c10::DimVector leading(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end() - 1};
+}
 
-std::vector<int64_t> with_last(std::vector<int64_t> sizes, int64_t last) {
+c10::DimVector with_last(c10::DimVector sizes, int64_t last) {
   sizes.push_back(last);
   return sizes;
 }
@@ -157,9 +160,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map_cpu(
       "a CUDA device, whose training terms recompute; the matmul route (", int64_t(Route::matmul), ") saves");
   auto values = run_potential_and_map(c, taken, want_potential, want_map, save);
   const auto none = [&] { return allocate(x, {0}, c.output_dtype()); };
-  const auto shaped = [&](const Tensor& t, const std::vector<int64_t>& sizes) {
-    return t.sizes() == at::IntArrayRef(sizes) ? t : t.view(sizes);
-  };
+  const auto shaped = [&](const Tensor& t, at::IntArrayRef sizes) { return t.sizes() == sizes ? t : t.view(sizes); };
   return {want_potential ? shaped(values.potential, leading(x)) : none(),
           want_map ? shaped(values.map, with_last(leading(x), c.width())) : none(), std::move(values.saved)};
 }

@@ -134,7 +134,7 @@ Choice choice_of(const at::Tensor& x, [[maybe_unused]] const at::Tensor& skip_we
   layers.cuda = x.is_cuda();
   if (layers.cuda) layers.fit = cuda::fit(x.device(), layers.widths, columns(skip_weight), dense, operand);
 #endif
-  const auto choice = choose(layers, static_cast<Route>(route), recompute);
+  auto choice = choose(layers, static_cast<Route>(route), recompute);
   TORCH_CHECK_VALUE(route == 0 || int64_t(choice.route) == route, "route: got fused, wanted matmul for products in ",
                     operand, layers.cuda ? " on this device: " + layers.fit.refusal : "");
   return choice;

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from ._errors import unknown_name
@@ -137,8 +138,8 @@ _encoded: dict[tuple[str | Activation, ...], EncodedActivations] = {}
 def encode(activations: Sequence[str | Activation]) -> EncodedActivations:
     """Check the K+1 activations of a potential (hidden layers, then the output) and encode them for the operators."""
     key = tuple(activations)
-    if not torch.compiler.is_compiling() and key in _encoded:
-        return _encoded[key]
+    if not is_compiling() and (kept := _encoded.get(key)):
+        return kept
     layers = tuple(as_activation(value, f"activations[{i}]") for i, value in enumerate(key))
     if len(layers) < 2:
         raise ValueError(
@@ -151,7 +152,7 @@ def encode(activations: Sequence[str | Activation]) -> EncodedActivations:
                 "only the first layer may be merely convex"
             )
     result = EncodedActivations([a.code for a in layers], [float(a.parameter or 0.0) for a in layers], layers)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         if len(_encoded) >= 1024:  # parameters that change in every step would pile up
             _encoded.clear()
         _encoded[key] = result

@@ -167,7 +167,7 @@ def prepare(
                 f"embedding: got {embedding}, wanted the width of skip_weight, {skip_weight.shape[-1]}, or a tensor"
             )
         embedding = None
-    elif embedding is None and (x.dim() == 0 or x.shape[-1] != skip_weight.shape[-1]):
+    elif embedding is None and (not (shape := x.shape) or shape[-1] != skip_weight.shape[-1]):
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, wanted (..., {skip_weight.shape[-1]}) as skip_weight "
             f"{tuple(skip_weight.shape)} says, or an embedding"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
@@ -46,14 +47,14 @@ def _operator(name: str) -> Callable[..., Any]:
     operator = getattr(torch.ops.ilvae_fast, name).default
     direct = getattr(_C, name)
 
-    def call(x: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], *rest: Any) -> Any:
-        watched = torch.compiler.is_compiling() or has_torch_function((x, skip_weight, bias, *weights, *rest))
-        if watched:
-            return operator(x, skip_weight, bias, weights, *rest)
+    def call(*arguments: Any) -> Any:
+        weights = arguments[3]
+        if is_compiling() or has_torch_function(arguments) or has_torch_function(weights):
+            return operator(*arguments)
         try:
-            return direct(x, skip_weight, bias, weights, *rest)
+            return direct(*arguments)
         except TypeError:
-            return operator(x, skip_weight, bias, weights, *rest)  # whose error names the argument
+            return operator(*arguments)  # whose error names the argument
 
     return call
 
@@ -327,7 +328,7 @@ _MapJvp = _differentiable("MapJvp", _native_map_jvp, _plain_map_jvp, lambda _: 2
 def _transforms_active() -> bool:
     if forward_ad._current_level >= 0:
         return True
-    if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if not torch._C._are_functorch_transforms_active() or is_compiling():
         return torch._C._are_functorch_transforms_active()
     # functionalisation works on operators, and knows no functions with rules
     return any(i.key() != _functorch.TransformType.Functionalize for i in _functorch.get_interpreter_stack() or ())
@@ -335,7 +336,7 @@ def _transforms_active() -> bool:
 
 def _apply(function: Any, plain: Callable[..., tuple[Tensor, ...]], static: Static, *tensors: Tensor | None) -> Any:
     """The differentiable function; its plain version in compiled regions, which cannot trace functions with rules."""
-    return plain(static, *tensors) if torch.compiler.is_compiling() else function.apply(static, *tensors)
+    return plain(static, *tensors) if is_compiling() else function.apply(static, *tensors)
 
 
 def _in_order(operands: Operands) -> tuple[Tensor | None, ...]:
@@ -506,7 +507,7 @@ def plain_softplus(raw: Tensor) -> Tensor:
 
 def softplus(raws: Sequence[Tensor]) -> list[Tensor]:
     """softplus of several tensors by one operator where all are plain ones of the CPU, else by PyTorch's own."""
-    watched = torch.compiler.is_compiling() or _transforms_active() or has_torch_function(tuple(raws))
+    watched = is_compiling() or _transforms_active() or has_torch_function(tuple(raws))
     if raws and not watched and all(_is_plain(raw) for raw in raws):
         return _C.softplus(raws)
     return [plain_softplus(raw) for raw in raws]

@@ -121,30 +121,53 @@ class Tensors:
         }
 
     def rearranged(self, seed: int) -> tuple[Tensors, Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-        """The same network with its hidden units in another order, and what restores the order of gradients.
+        """The same network with its hidden units and the coordinates of x and of the map in another order, and what
+        restores the order of gradients and of a "map".
 
         Mathematically nothing changes; in floating point it is another draw of the rounding errors.
         """
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(n, generator=generator) for n in self.case.hidden]
+
+        def order(n: int) -> Tensor:
+            return torch.randperm(n, generator=generator)
+
+        orders = [order(n) for n in self.case.hidden]
         starts = [sum(self.case.hidden[:k]) for k in range(len(orders))]
         units = torch.cat(
             [o + s for o, s in zip(orders, starts, strict=True)] + [torch.tensor([sum(self.case.hidden)])]
         )
         rows = [*orders[1:], torch.tensor([0])]
+        width, inputs = self.case.width, self.named["x"].shape[-1]
+        x_order = order(inputs)
+        map_order = order(width)
+        if self.case.embedding != "dense":  # the first coordinates of the map are those of x
+            map_order = torch.cat([x_order, inputs + order(width - inputs)])
 
         def reorder(named: dict[str, Tensor], invert: bool) -> dict[str, Tensor]:
             def index(order: Tensor) -> Tensor:
                 return order.argsort() if invert else order
 
-            result = dict(named)
+            result = {name: tensor.detach() for name, tensor in named.items()}
             for name in ("skip_weight", "bias"):
-                result[name] = named[name].detach()[index(units)]
+                if name in named:
+                    result[name] = result[name][index(units)]
+            for name, coordinates in (
+                ("x", x_order),
+                ("skip_weight", map_order),
+                ("embedding", x_order),
+                ("map", map_order),
+            ):
+                if name in named:
+                    result[name] = result[name][..., index(coordinates)]
+            if "embedding" in named:
+                result["embedding"] = result["embedding"][index(map_order)]
             for k, (row, column) in enumerate(zip(rows, orders, strict=True)):
-                result[f"weights[{k}]"] = named[f"weights[{k}]"].detach()[index(row)][:, index(column)]
+                if f"weights[{k}]" in named:
+                    result[f"weights[{k}]"] = result[f"weights[{k}]"][index(row)][:, index(column)]
             return result
 
-        return Tensors(self.case, reorder(self.named, False), self.u, self.v), lambda g: reorder(g, True)
+        other = Tensors(self.case, reorder(self.named, False), self.u, self.v[..., map_order])
+        return other, lambda g: reorder(g, True)
 
     def absolute_terms(self, with_map: bool, with_potential: bool) -> dict[str, Tensor]:
         """For each gradient the sum over rows of the absolute values of what a row contributes (float64)."""

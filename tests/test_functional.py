@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ilvae_fast as il
-from cases import WAYS, Case, cases
+from cases import EMBEDDINGS, WAYS, Case, cases
 from comparison import assert_as_accurate_as_eager, assert_equal_to_rounding
-from ilvae_fast import functional, reference
+from ilvae_fast import Activation, functional, reference
 
 COTANGENTS = [(True, False), (False, True), (True, True)]
 
@@ -26,22 +26,23 @@ def test_float64_values_and_gradients_equal_the_reference(case, cotangents):
         assert_equal_to_rounding(f"gradient of {name}", ours, expected[name], terms.get(name))
 
 
-# 64 rows and three orders of the hidden units, so that eager's error is not a matter of luck
+# 64 rows and six orders of units and coordinates, so that eager's error is not a matter of luck
 @given(
     cases(max_depth=6, max_width=40, leading=(64,)),
     st.sampled_from(COTANGENTS),
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_low_precision_is_as_accurate_as_eager(case, cotangents, dtype):
+    # in 16 bits luck decides on which side of the kink of its derivative a pre-activation falls
+    assume(dtype != torch.bfloat16 or all(activation.name != "celu" for activation in case.activations))
     tensors = case.tensors(dtype)
-    orders = [tensors.rearranged(seed) for seed in range(3)]
+    orders = [tensors.rearranged(seed) for seed in range(6)]
     exact = tensors.double()
 
-    outputs = [t.outputs(reference) for t, _ in orders]
-    for i, (name, ours, truth) in enumerate(
-        zip(("potential", "map"), tensors.outputs(), exact.outputs(reference), strict=True)
-    ):
-        eager = torch.stack([o[i].detach() for o in outputs])
+    names = ("potential", "map")
+    outputs = [restore(dict(zip(names, t.outputs(reference), strict=True))) for t, restore in orders]
+    for name, ours, truth in zip(names, tensors.outputs(), exact.outputs(reference), strict=True):
+        eager = torch.stack([o[name] for o in outputs])
         assert_as_accurate_as_eager(name, ours.detach(), eager, truth.detach())
 
     terms = tensors.absolute_terms(*cotangents)
@@ -295,6 +296,43 @@ def _rounded(tensors):
         tensors.u.bfloat16(),
         tensors.v.bfloat16(),
     )
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    """Every new tensor is full of NaN: what reads memory before it is written shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)
+
+
+# Sizes beside the tiles of matrix units, which read more of an operand than its columns (oneDNN's issue 5717).
+@pytest.mark.parametrize("hidden", [(14, 23, 15), (13, 33), (65, 64), (1, 54), (39, 97, 33)], ids=str)
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("nan_in_new_memory")
+def test_no_memory_is_read_before_it_is_written(dtype, recompute, embedding, hidden):
+    case = Case(
+        width=33,
+        hidden=hidden,
+        activations=(Activation("softplus"),) * (len(hidden) + 1),
+        embedding=embedding,
+        leading=(50,),
+        constant=0.5,
+        seed=1,
+        route="matmul",
+        recompute=recompute,
+    )
+    tensors = case.tensors(dtype)
+    for name, value in zip(("potential", "map"), tensors.outputs(), strict=True):
+        assert value.isfinite().all(), name
+    for cotangents in COTANGENTS:
+        for name, gradient in tensors.gradients(functional, *cotangents).items():
+            assert gradient.isfinite().all(), f"gradient of {name}"
 
 
 def test_autocast_keeps_the_quadratic_term_in_float32():

@@ -88,8 +88,9 @@ def check(tensors, dtype, cotangents, restore_orders=3, eps=None):
     for seed in range(restore_orders):
         other, restore = tensors.rearranged(seed)
         other.named = {n: t.detach() for n, t in other.named.items()}
-        for name, t in zip(("potential", "map"), other.outputs(reference), strict=True):
-            eager[name].append(t.detach())
+        outputs = dict(zip(("potential", "map"), other.outputs(reference), strict=True))
+        for name, t in restore(outputs).items():
+            eager[name].append(t)
         for name, t in restore(other.gradients(reference, *cotangents)).items():
             eager[name].append(t.detach())
     for name, t in ours.items():
