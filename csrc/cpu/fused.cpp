@@ -141,8 +141,11 @@ namespace {
 template <class T>
 class Gradients {
  public:
-  Gradients(const Network<T>& net, const ParameterGradients<T>& wanted, bool tangent)
+  Gradients(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted)
       : net_(net), wanted_(wanted), kernels_(kernels<T>()), h_(net.layers), h_tangent_(net.layers) {
+    const bool tangent = c.map_cotangent != nullptr;
+    // D'_out = u + s_out'' o', which h_K meets
+    const bool output_adjoint = c.potential_cotangent || net.output_activation.kind != ActivationKind::identity;
     const bool dense = net.embedding != nullptr;
     narrow_ = net.width <= narrow_width;
     bool d = wanted.skip_weight || wanted.narrow || wanted.bias;
@@ -152,7 +155,7 @@ class Gradients {
     for (int64_t l = 0; l < net.layers; ++l) {
       if (!wanted.weights[l]) continue;
       const int64_t width = net.hidden[l].width, elements = l + 1 < net.layers ? whole_vectors(width) : width;
-      want(&h_[l], elements);
+      if (l + 1 < net.layers || output_adjoint) want(&h_[l], elements);
       if (tangent) want(&h_tangent_[l], elements);
     }
     if (dense ? wanted.narrow : wanted.skip_weight) {
@@ -288,13 +291,12 @@ template <class T>
 void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
                       int64_t lanes, int threads) {
   const auto& k = kernels<T>();
-  const bool tangent = c.map_cotangent != nullptr;
   const int64_t elements = k.training_scratch(net);
   const int64_t tiles_in_all = (c.rows + lanes - 1) / lanes;
-  const int64_t parameters = threads > 1 ? Gradients<T>(net, wanted, tangent).parameters() : 0;
+  const int64_t parameters = threads > 1 ? Gradients<T>(net, c, wanted).parameters() : 0;
   T* const partial = threads > 1 ? shared_memory<T>(parameters * (threads - 1)) : nullptr;
   run(threads, threads, [&](int64_t share) {
-    Gradients<T> gradients(net, wanted, tangent);
+    Gradients<T> gradients(net, c, wanted);
     Few<T*> weights;
     const auto target = share == 0 ? wanted : gradients.elsewhere(partial + (share - 1) * parameters, weights);
     const int64_t per_lane = gradients.elements_per_lane();
@@ -314,7 +316,7 @@ void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, cons
     }
   });
   if (threads > 1) {
-    const Gradients<T> gradients(net, wanted, tangent);
+    const Gradients<T> gradients(net, c, wanted);
     int64_t offset = 0;
     gradients.for_each(wanted, [&](T* gradient, int64_t count) {
       for (int share = 1; share < threads; ++share) {
@@ -332,7 +334,7 @@ template <class T>
 void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
                            int64_t lanes, int threads) {
   const auto& k = kernels<T>();
-  Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  Gradients<T> gradients(net, c, wanted);
   const int64_t elements = k.training_scratch(net), per_lane = gradients.elements_per_lane();
   const int64_t affordable = shared_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes);
   const int64_t chunk = std::max<int64_t>(2 * threads, affordable) * lanes;
@@ -359,7 +361,7 @@ void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& c, 
   const int threads = threads_for(tiles, 2 * sweep_flops(net) * c.rows);
   if (threads == 1) return training_by_rows(net, c, wanted, lanes, threads);
   // elements moved: shares of gradients written and read, or operands read on another core
-  const Gradients<T> gradients(net, wanted, c.map_cotangent != nullptr);
+  const Gradients<T> gradients(net, c, wanted);
   const bool by_rows = 2 * gradients.parameters() * threads < gradients.elements_per_lane() * c.rows;
   by_rows ? training_by_rows(net, c, wanted, lanes, threads) : training_by_gradients(net, c, wanted, lanes, threads);
 }

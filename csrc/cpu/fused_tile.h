@@ -246,11 +246,10 @@ static void sweep(const Network<T>& net, SecondOrder<T> p, const T* skip, int64_
     const auto& layer = net.hidden[l];
     const int64_t n = layer.width * lanes;
     T* const kept_h = kept.h ? kept.h[l] : nullptr;
+    T* const kept_h_tangent = kept.h_tangent ? kept.h_tangent[l] : nullptr;
     T *h = p.current, *h_tangent = p.current_tangent;
-    if (kept_h && l == last) {
-      h = kept_h + tile.offset * layer.width;
-      if (tangent) h_tangent = kept.h_tangent[l] + tile.offset * layer.width;
-    }
+    if (l == last && kept_h) h = kept_h + tile.offset * layer.width;
+    if (l == last && kept_h_tangent) h_tangent = kept_h_tangent + tile.offset * layer.width;
     const T* a = saved ? saved + layer.first * lanes : h;
     if (!saved)
       preactivation(net, l, h, net.embedded_weight, net.embedded_stride, p.x, net.input, p.below, false, lanes);
@@ -258,7 +257,7 @@ static void sweep(const Network<T>& net, SecondOrder<T> p, const T* skip, int64_
     T* const slope = p.d + layer.first * lanes;
     T* const bend = p.d_tangent + layer.first * lanes;
     const bool need_h = kept_h || (!saved && (l < last || !linear_output));
-    const bool need_h_tangent = kept_h || l < last || !linear_output;
+    const bool need_h_tangent = kept_h_tangent || l < last || !linear_output;
     for_activation<T>(layer.activation, [&](const auto& s) {
       const auto plain = [&](auto with_h) {
         activate(s, a, n, [&](int64_t i, const auto& at) {

@@ -77,16 +77,8 @@ struct Product {
 template <Order order, int rows, int vectors, class T>
 ILVAE_INLINE void block(const Product<T>& p, int64_t i, int64_t j) {
   constexpr int n = lanes_of<T>;
-  Vector<T> sum[rows][vectors];
+  Vector<T> sum[rows][vectors] = {};
   T* const corner = p.c + i * p.c_stride + j;
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = Vector<T>{};
-      if (p.bias) sum[r][v] += p.bias[i + r];
-    }
-  }
   for (int t = 0; t < p.count; ++t) {
     const auto& term = p.terms[t];
     accumulate<order>(sum, term.a + (order == Order::rows ? i * term.stride : i), term.stride, term.panel + j, p.lanes,
@@ -97,7 +89,8 @@ ILVAE_INLINE void block(const Product<T>& p, int64_t i, int64_t j) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       T* const target = corner + r * p.c_stride + v * n;
-      // added last: sums of pieces err less than one long sum
+      // bias and old sum are added last: every step of a long sum would be rounded at their size
+      if (p.bias) sum[r][v] += p.bias[i + r];
       store(target, p.add ? load(target) + sum[r][v] : sum[r][v]);
     }
   }
