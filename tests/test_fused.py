@@ -107,6 +107,16 @@ def test_what_overflows_off_the_batch_alone_spoils_nothing():
     torch.testing.assert_close(*gradients)
 
 
+def test_a_large_bias_is_rounded_with_once():
+    torch.manual_seed(0)
+    x, row = torch.randn(64, 30), torch.randn(30)
+    skip_weight, bias = torch.stack([row, torch.zeros(30)]), torch.tensor([1000.0, -1000.0])
+    options = {"activations": ["identity", "identity"], "inverse_lipschitz": 0.0, "route": "fused"}
+    phi = functional.potential(x, skip_weight, bias, [torch.ones(1, 1)], **options)
+    half_a_unit = 2.0**-15  # of the last place, at 1000
+    assert (phi.double() - x.double() @ row.double()).abs().max() <= 1.1 * half_a_unit
+
+
 def test_a_call_that_ran_out_of_memory_does_not_harm_the_next():
     code = """
 import resource, torch, ilvae_fast as il
