@@ -20,9 +20,9 @@ namespace {
 Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
                  const Tensor& inverse_lipschitz, const OptionalTensor& embedding, at::IntArrayRef activations,
                  Floats activation_parameters, OptionalType product_dtype) {
-  Arguments arguments{x,           skip_weight,           bias,
-                      weights,     inverse_lipschitz,     embedding.value_or(Tensor()),
-                      activations, activation_parameters, product_dtype};
+  Arguments arguments{
+      x,           skip_weight,           bias,         weights.vec(), inverse_lipschitz, embedding.value_or(Tensor()),
+      activations, activation_parameters, product_dtype};
   arguments.check();
   return arguments;
 }

@@ -25,13 +25,13 @@ using PerLayer = c10::SmallVector<T, 4>;
 // The operands of an operator as they came; `embedding` undefined: none, or the padded identity where x is narrower
 // than skip_weight.
 struct Arguments {
-  at::Tensor x;                  // (..., m)
-  at::Tensor skip_weight;        // (S+1, d)
-  at::Tensor bias;               // (S+1)
-  at::TensorList weights;        // W_2 .. W_K, w
-  at::Tensor inverse_lipschitz;  // (1), float32 or float64
-  at::Tensor embedding;          // B (d, m) or undefined
-  at::IntArrayRef activations;   // ActivationKind of the K hidden layers and the output
+  at::Tensor x;                     // (..., m)
+  at::Tensor skip_weight;           // (S+1, d)
+  at::Tensor bias;                  // (S+1)
+  std::vector<at::Tensor> weights;  // W_2 .. W_K, w
+  at::Tensor inverse_lipschitz;     // (1), float32 or float64
+  at::Tensor embedding;             // B (d, m) or undefined
+  at::IntArrayRef activations;      // ActivationKind of the K hidden layers and the output
   at::ArrayRef<double> activation_parameters;
   std::optional<at::ScalarType> product_dtype;  // operands of matrix products, where not the dtype of x (autocast)
 
