@@ -299,8 +299,9 @@ def brenier_map_vjp(
     wanted &= (1 << 5 + len(weights)) - 1
     terms = ops.plain_training_terms if _backend._current == "reference" else ops.training_terms
     gx, ga, gb, gl, ge, *gw = terms(operands, map_cotangent, potential_cotangent, wanted)
-    if gl is not None and inverse_lipschitz.dim() == 0:  # type: ignore[union-attr]
+    if gl is not None and isinstance(inverse_lipschitz, Tensor) and inverse_lipschitz.dim() == 0:
         gl = gl.reshape(())
+    # of the weights' gradients none is None where they are wanted, which the type of the list cannot say
     return BrenierGradients(gx, ga, gb, gw if "weights" in wrt else None, gl, ge)  # type: ignore[arg-type]
 
 

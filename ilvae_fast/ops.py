@@ -379,10 +379,11 @@ def training_terms(
     """Gradients in tensor order; bit i of ``wanted`` says whether gradient i is computed, else it is None."""
     x, skip_weight, bias, weights, constant, embedding, activations, route, _ = operands
     if _transforms_active():
-        flags = _flags(wanted, 5 + len(weights))
+        tensors = _in_order(operands)
+        flags = _flags(wanted, len(tensors))
         static = Static(activations, flags, route)
         cotangents = (map_cotangent, potential_cotangent)
-        terms = _apply(_TrainingTerms, _plain_training_terms, static, *cotangents, *_in_order(operands))
+        terms = _apply(_TrainingTerms, _plain_training_terms, static, *cotangents, *tensors)
         return _spread(terms, flags)
     codes, parameters, _ = activations
     gradients = _training_terms(
@@ -418,9 +419,10 @@ def plain_training_terms(
     operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: int
 ) -> list[Tensor | None]:
     """:func:`training_terms` by automatic differentiation."""
-    flags = _flags(wanted, 5 + len(operands.weights))
+    tensors = _in_order(operands)
+    flags = _flags(wanted, len(tensors))
     static = Static(operands.activations, flags)
-    return _spread(_plain_training_terms(static, map_cotangent, potential_cotangent, *_in_order(operands)), flags)
+    return _spread(_plain_training_terms(static, map_cotangent, potential_cotangent, *tensors), flags)
 
 
 def plain_map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
