@@ -1,8 +1,9 @@
 """Time a training step (map, then all gradients) against every peer: python -m benchmarks [--suite small|full] ...
 
-Every peer's results are checked against float64 before it is timed. Steps take turns, times are medians; ratios count,
-absolute times are for reading. Written to benchmarks/results/, named after device, instruction set of the CPU, dtype if
-another than float32, and suite: ratios depend on them all, and --check compares with the committed file of that name.
+Every peer's results are checked against float64 before it is timed. Steps take turns; times are medians over the turns,
+ratios medians over the rounds. Ratios count, absolute times are for reading. Written to benchmarks/results/, named
+after device, instruction set of the CPU, dtype if another than float32, and suite: ratios depend on them all, and
+--check compares with the committed file of that name.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from benchmarks import peers, plots
 from benchmarks.peers import PEERS, Problem, Step
 from benchmarks.record import RESULTS, provenance, write
 from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
-from benchmarks.timing import copy_ceiling, interleaved_medians, matmul_ceiling
+from benchmarks.timing import Times, copy_ceiling, interleaved, matmul_ceiling
 from ilvae_fast import functional
 
-SECONDS = {"small": 0.4, "full": 1.0}  # of timing for each row and step
+SECONDS = {"small": 0.4, "full": 2.0}  # of timing for each row and step
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
@@ -41,8 +42,8 @@ def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) ->
             raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
 
 
-def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, tuple[float, float]]:
-    """Checked medians and spreads of ours and the chosen peers."""
+def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, Times]:
+    """Checked times of ours and the chosen peers."""
     candidates: dict[str, Any] = {"ours": peers.ours}
     if not problem.raw:
         candidates["ours, stateless"] = peers.ours_stateless
@@ -54,34 +55,38 @@ def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, tupl
     exact = [t.detach() for t in peers.eager(problem.double())()]
     for name, step in steps.items():
         check(name, problem, step, exact)
-    return interleaved_medians(steps, seconds, problem.device)
+    return interleaved(steps, seconds, problem.device)
+
+
+def _milliseconds(times: dict[str, Times]) -> dict[str, float]:
+    return {name: t.median * 1e3 for name, t in times.items()}
 
 
 def measure(row: Row, chosen: list[str], seconds: float, ceiling: float, **options: Any) -> dict[str, Any]:
     """One row: medians of all steps, ratios of the best peer to ours, distance to the arithmetic floor."""
     problem = row.problem(**options)
     times = timed(problem, chosen, seconds)
-    best = min(chosen, key=lambda name: times[name][0])
+    ours = times["ours"]
+    best = min(chosen, key=lambda name: times[name].over(ours))
     # with raw weights: the peers that are ever best
     fast = [name for name in chosen if "eager" not in name and name != "closed form"] or chosen
     module = timed(row.problem(**options, raw=True), fast, seconds / 2)
-    best_module = min(fast, key=lambda name: module[name][0])
     result = {
         "row": str(problem),
-        "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
-        "spread": {name: spread / median for name, (median, spread) in times.items()},
-        "module_milliseconds": {name: median * 1e3 for name, (median, _) in module.items()},
+        "milliseconds": _milliseconds(times),
+        "spread": {name: t.spread for name, t in times.items()},
+        "module_milliseconds": _milliseconds(module),
         "best_peer": best,
-        "ratio": times[best][0] / times["ours"][0],
-        "ratio_stateless": times[best][0] / times["ours, stateless"][0],
-        "ratio_module": module[best_module][0] / module["ours"][0],
+        "ratio": times[best].over(ours),
+        "ratio_stateless": min(times[name].over(times["ours, stateless"]) for name in chosen),
+        "ratio_module": min(module[name].over(module["ours"]) for name in fast),
         "flops": problem.flops(),
         "bytes": problem.bytes(),
-        "fraction_of_matmul_ceiling": problem.flops() / times["ours"][0] / ceiling,
+        "fraction_of_matmul_ceiling": problem.flops() / ours.median / ceiling,
         "wanted": row.best_peer,
     }
     if row.expert:
-        result["ratio_expert"] = times["expert, injected"][0] / times["ours"][0]
+        result["ratio_expert"] = times["expert, injected"].over(ours)
     return result
 
 
@@ -89,11 +94,11 @@ def lidvae(seconds: float) -> dict[str, Any]:
     """The decoder people run today against ours, module and raw weights on both sides."""
     pair = Lidvae()
     pair.check()
-    times = interleaved_medians(pair.steps, seconds)
+    times = interleaved(pair.steps, seconds)
     return {
         "row": str(pair),
-        "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
-        "ratio": times["LIDVAE module"][0] / times["ours"][0],
+        "milliseconds": _milliseconds(times),
+        "ratio": times["LIDVAE module"].over(times["ours"]),
         "wanted": pair.wanted,
     }
 
@@ -110,11 +115,11 @@ def forward(shape: tuple[int, tuple[int, ...]], batch: int, seconds: float, **op
             "ours": lambda: functional.brenier_map(*tensors, **arguments),
             "closed form, compiled": lambda: closed(*tensors) + problem.constant * problem.x,
         }
-        times = interleaved_medians(steps, seconds, problem.device)
+        times = interleaved(steps, seconds, problem.device)
     return {
         "row": str(problem),
-        "milliseconds": {name: median * 1e3 for name, (median, _) in times.items()},
-        "ratio": times["closed form, compiled"][0] / times["ours"][0],
+        "milliseconds": _milliseconds(times),
+        "ratio": times["closed form, compiled"].over(times["ours"]),
         "flops": problem.flops() / 3,
     }
 

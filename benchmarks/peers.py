@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def _options(problem: Problem, **more: Any) -> dict[str, Any]:
 def ours(problem: Problem, **options: Any) -> Step:
     """The public functional API, autograd included; with raw weights the module."""
     if not problem.raw:
-        return _with_autograd(problem, lambda *a: functional.brenier_map(*a, **_options(problem, **options)))
+        return _with_autograd(problem, partial(functional.brenier_map, **_options(problem, **options)))
     layer = il.BrenierMap(problem.width, problem.hidden, dtype=problem.dtype, device=problem.device, **options)
     parameters = [layer.skip_weight, layer.bias, *layer.raw_weights]
     with torch.no_grad():

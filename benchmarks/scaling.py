@@ -15,7 +15,7 @@ import ilvae_fast as il
 from benchmarks import peers
 from benchmarks.peers import Problem
 from benchmarks.record import RESULTS, provenance, write
-from benchmarks.timing import interleaved_medians
+from benchmarks.timing import interleaved
 
 BASE = Problem(16, (128, 128), 512)
 CURVES: dict[str, list[tuple[int, Problem]]] = {
@@ -32,12 +32,11 @@ def curves() -> dict[str, dict[str, Any]]:
     result = {}
     for name, points in CURVES.items():
         times = [
-            interleaved_medians({n: make(p) for n, make in STEPS.items()}, SECONDS)
-            for _, p in track(points, description=name)
+            interleaved({n: make(p) for n, make in STEPS.items()}, SECONDS) for _, p in track(points, description=name)
         ]
         result[name] = {
             "at": [x for x, _ in points],
-            **{n: [t[n][0] * 1e3 for t in times] for n in STEPS},
+            **{n: [t[n].median * 1e3 for t in times] for n in STEPS},
         }
     return result
 
@@ -59,7 +58,7 @@ def training_step() -> dict[str, float]:
                 optimiser.step()
 
         steps[backend] = step
-    return {name: median * 1e3 for name, (median, _) in interleaved_medians(steps, 4.0).items()}
+    return {name: t.median * 1e3 for name, t in interleaved(steps, 4.0).items()}
 
 
 def draw(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,33 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved_medians(
-    steps: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu"
-) -> dict[str, tuple[float, float]]:
-    """Median seconds of each step and the spread (half the distance of the quartiles).
+@dataclass
+class Times:
+    """Seconds of a step in each of its turns."""
+
+    turns: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.turns)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a part of the median."""
+        low, median, high = statistics.quantiles(self.turns, n=4)
+        return (high - low) / 2 / median
+
+    def over(self, other: Times) -> float:
+        """How many times as long this step takes as the other: the median over the rounds.
+
+        Both sides of a ratio are milliseconds apart. The speed of a shared machine changes by half within seconds, and
+        the medians of two steps may come from a fast and a slow time.
+        """
+        return statistics.median(a / b for a, b in zip(self.turns, other.turns, strict=True))
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], seconds: float, device: str = "cpu") -> dict[str, Times]:
+    """Times of each step, `seconds` for each.
 
     Steps take turns. A turn repeats its step for some milliseconds and counts as one time, their mean. As long again
     before that the step runs untimed: it is to find caches and threads as its own predecessor left them, as in
@@ -36,9 +60,9 @@ def interleaved_medians(
         step()
         synchronise(device)
         repeats[name] = max(1, round(TURN_SECONDS / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times = {name: Times([]) for name in steps}
     end = time.perf_counter() + seconds * len(steps)
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 10:
+    while time.perf_counter() < end or len(next(iter(times.values())).turns) < 10:
         for name, step in steps.items():
             untimed = time.perf_counter() + TURN_SECONDS
             while time.perf_counter() < untimed:
@@ -48,9 +72,8 @@ def interleaved_medians(
             for _ in range(repeats[name]):
                 step()
             synchronise(device)
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    quartiles = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
-    return {name: (q[1], (q[2] - q[0]) / 2) for name, q in quartiles.items()}
+            times[name].turns.append((time.perf_counter() - start) / repeats[name])
+    return times
 
 
 def _best(run: Callable[[], Any], device: str, repeats: int = 10) -> float:

@@ -35,8 +35,18 @@ def test_a_wrong_peer_is_not_timed():
 
 def test_medians_tell_a_slow_step_from_a_fast_one():
     steps = {"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}
-    medians = timing.interleaved_medians(steps, 0.05)
-    assert medians["slow"][0] > 2 * medians["fast"][0]
+    times = timing.interleaved(steps, 0.05)
+    assert times["slow"].median > 2 * times["fast"].median
+    assert times["slow"].over(times["fast"]) > 2
+
+
+def test_a_ratio_compares_turns_of_the_same_round():
+    slow_half = [1.0] * 6 + [2.0] * 5  # the machine slows down
+    ours = timing.Times(slow_half)
+    theirs = timing.Times([3 * t for t in slow_half[:5]] + [3 * 2.0] * 6)  # one turn earlier
+    assert theirs.over(ours) == 3
+    assert theirs.median / ours.median == 6
+    assert timing.Times([1.0, 2.0, 3.0]).spread == 0.5
 
 
 def _result() -> dict:
@@ -65,7 +75,7 @@ def test_pictures_come_from_the_result(tmp_path):
     times = timed(problem, ["closed form"], 0.01)
     row = {
         "row": str(problem),
-        "milliseconds": {name: t * 1e3 for name, (t, _) in times.items()},
+        "milliseconds": {name: t.median * 1e3 for name, t in times.items()},
         "best_peer": "closed form",
         "flops": problem.flops(),
         "bytes": problem.bytes(),
