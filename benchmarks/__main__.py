@@ -12,6 +12,9 @@ import argparse
 import importlib.util
 import json
 import statistics
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,18 @@ from benchmarks import peers, plots
 from benchmarks.peers import PEERS, Problem, Step
 from benchmarks.record import RESULTS, provenance, write
 from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
-from benchmarks.timing import Times, copy_ceiling, interleaved, matmul_ceiling
+from benchmarks.timing import Times, copy_ceiling, interleaved, matmul_ceiling, product
 from ilvae_fast import functional
 
 SECONDS = {"small": 0.4, "full": 1.0}  # of timing for each row and step
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
+# A row during which a matrix product ran at less than this part of its speed during the best row was measured while
+# others kept the machine busy. It is measured again, as long as there is patience.
+CALM = 0.9
+PATIENCE = {"small": 0.0, "full": 240.0}  # seconds, in all
+PRODUCT = "matrix product"
 
 
 def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) -> None:
@@ -55,11 +63,13 @@ def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, Time
     exact = [t.detach() for t in peers.eager(problem.double())()]
     for name, step in steps.items():
         check(name, problem, step, exact)
+    steps[PRODUCT], _ = product(problem.dtype, problem.device)
     return interleaved(steps, seconds, problem.device)
 
 
-def _milliseconds(times: dict[str, Times]) -> dict[str, float]:
-    return {name: t.median * 1e3 for name, t in times.items()}
+def milliseconds(times: dict[str, Times]) -> dict[str, float]:
+    """Medians of the steps."""
+    return {name: t.median * 1e3 for name, t in times.items() if name != PRODUCT}
 
 
 def measure(row: Row, chosen: list[str], seconds: float, **options: Any) -> dict[str, Any]:
@@ -73,9 +83,10 @@ def measure(row: Row, chosen: list[str], seconds: float, **options: Any) -> dict
     module = timed(row.problem(**options, raw=True), fast, seconds / 2)
     result = {
         "row": str(problem),
-        "milliseconds": _milliseconds(times),
-        "spread": {name: t.spread for name, t in times.items()},
-        "module_milliseconds": _milliseconds(module),
+        "milliseconds": milliseconds(times),
+        "spread": {name: t.spread for name, t in times.items() if name != PRODUCT},
+        "product_milliseconds": times[PRODUCT].median * 1e3,
+        "module_milliseconds": milliseconds(module),
         "best_peer": best,
         "ratio": times[best].over(ours),
         "ratio_stateless": min(times[name].over(times["ours, stateless"]) for name in chosen),
@@ -93,10 +104,11 @@ def lidvae(seconds: float) -> dict[str, Any]:
     """The decoder people run today against ours, module and raw weights on both sides."""
     pair = Lidvae()
     pair.check()
-    times = interleaved(pair.steps, seconds)
+    times = interleaved({**pair.steps, PRODUCT: product(torch.float32, "cpu")[0]}, seconds)
     return {
         "row": str(pair),
-        "milliseconds": _milliseconds(times),
+        "milliseconds": milliseconds(times),
+        "product_milliseconds": times[PRODUCT].median * 1e3,
         "ratio": times["LIDVAE module"].over(times["ours"]),
         "wanted": pair.wanted,
     }
@@ -117,10 +129,28 @@ def forward(shape: tuple[int, tuple[int, ...]], batch: int, seconds: float, **op
         times = interleaved(steps, seconds, problem.device)
     return {
         "row": str(problem),
-        "milliseconds": _milliseconds(times),
+        "milliseconds": milliseconds(times),
         "ratio": times["closed form, compiled"].over(times["ours"]),
         "flops": problem.flops() / 3,
     }
+
+
+def again_when_calm(
+    results: list[dict[str, Any]], measurements: list[Callable[[], dict[str, Any]]], patience: float
+) -> None:
+    """Repeat in place what was measured on a busy machine, the worst first, for at most `patience` seconds.
+
+    Whether it was busy says the matrix product timed in the same rounds. The ratios are not looked at.
+    """
+    end = time.perf_counter() + patience
+    while time.perf_counter() < end:
+        slow = [r["product_milliseconds"] for r in results]
+        worst = max(range(len(slow)), key=slow.__getitem__)
+        if CALM * slow[worst] <= min(slow):
+            break
+        repeated = measurements[worst]()
+        if repeated["product_milliseconds"] < slow[worst]:
+            results[worst] = repeated
 
 
 def failures(result: dict[str, Any], baseline: dict[str, Any] | None) -> list[str]:
@@ -200,23 +230,31 @@ def main() -> None:
 
     result: dict[str, Any] = {**provenance(), "dtype": arguments.dtype, "device": device}
     result["matmul_ceiling"], result["copy_ceiling"] = 0.0, copy_ceiling(device)
+    measurements: list[Callable[[], dict[str, Any]]] = [
+        partial(measure, row, chosen, seconds, **options) for row in ROWS
+    ]
+    if device == "cpu" and dtype == torch.float32:
+        measurements.append(partial(lidvae, seconds))
     with Progress(console=console) as progress:
-        task = progress.add_task("timing", total=len(ROWS) + len(FORWARD) * len(FORWARD_ROWS) + 1)
+        task = progress.add_task("timing", total=len(measurements) + len(FORWARD) * len(FORWARD_ROWS) + 1)
 
         def done(value: Any) -> Any:
             progress.advance(task)
             return value
 
-        result["rows"] = []
-        for row in ROWS:
+        measured = []
+        for measurement in measurements:
             # the best of all: on a shared machine one alone may fall into a slow time
             result["matmul_ceiling"] = max(result["matmul_ceiling"], matmul_ceiling(dtype, device))
-            result["rows"].append(done(measure(row, chosen, seconds, **options)))
+            measured.append(done(measurement()))
+        again_when_calm(measured, measurements, PATIENCE[arguments.suite])
+        progress.advance(task)
+        result["rows"] = measured[: len(ROWS)]
+        if len(measured) > len(ROWS):
+            result["lidvae"] = measured[-1]
         for entry in result["rows"]:
             rate = entry["flops"] / (entry["milliseconds"]["ours"] * 1e-3)
             entry["fraction_of_matmul_ceiling"] = rate / result["matmul_ceiling"]
-        if device == "cpu" and dtype == torch.float32:
-            result["lidvae"] = done(lidvae(seconds))
         result["forward"] = [done(forward(s, n, seconds, **options)) for s in FORWARD for n in FORWARD_ROWS]
     result["geometric_mean"] = statistics.geometric_mean([row["ratio"] for row in result["rows"]])
     missed = failures(result, baseline) if "lidvae" in result else []

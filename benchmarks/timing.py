@@ -76,6 +76,12 @@ def interleaved(steps: dict[str, Callable[[], Any]], seconds: float, device: str
     return times
 
 
+def product(dtype: torch.dtype, device: str, n: int = 512) -> tuple[Callable[[], Any], float]:
+    """A matrix product as a step, and its flops."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return partial(torch.mm, a, b, out=torch.empty_like(a)), 2.0 * n**3
+
+
 def _best(run: Callable[[], Any], device: str, repeats: int = 10) -> float:
     best = float("inf")
     for _ in range(repeats):
@@ -91,9 +97,8 @@ def matmul_ceiling(dtype: torch.dtype, device: str) -> float:
     """The best measured rate of a matrix product, in flop/s."""
     best = 0.0
     for n in (512, 1024, 2048) if device == "cpu" else (2048, 4096, 8192):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        best = max(best, 2 * n**3 / _best(partial(torch.mm, a, b, out=out), device))
+        step, flops = product(dtype, device, n)
+        best = max(best, flops / _best(step, device))
     return best
 
 
