@@ -21,10 +21,10 @@ def draw(result: dict[str, Any], stem: Path) -> list[Path]:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     peak, copy = result["matmul_ceiling"] / 1e9, result["copy_ceiling"] / 1e9
     intensity = [row["flops"] / row["bytes"] for row in rows]
-    low, high = min(intensity) / 3, max(intensity) * 3
+    low, high = min(*intensity, peak / copy) / 3, max(*intensity, peak / copy) * 3
     axes.plot([low, peak / copy, high], [low * copy, peak, peak], color=INK, lw=1.5)
     axes.text(high, peak * 1.05, f"measured matmul ceiling {peak:.0f} GF/s", ha="right", va="bottom", color=INK)
-    axes.text(low * 1.1, low * copy * 1.3, f"measured copy ceiling {copy:.0f} GB/s", rotation=30, color=INK)
+    axes.text(low, low * copy * 0.85, f"measured copy ceiling {copy:.0f} GB/s", va="top", color=INK)
     for label, colour, marker in (("ours", "#c1432e", "o"), ("best peer", "#4a7fb5", "s")):
         times = [row["milliseconds"][row["best_peer"] if label == "best peer" else "ours"] for row in rows]
         rates = [row["flops"] / (t * 1e-3) / 1e9 for row, t in zip(rows, times, strict=True)]
