@@ -36,9 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
 # A row during which a matrix product ran at less than this part of its speed during the best row was measured while
-# others kept the machine busy. It is measured again, as long as there is patience.
+# others kept the machine busy. It is measured again, until so many seconds after the start.
 CALM = 0.9
-PATIENCE = {"small": 0.0, "full": 240.0}  # seconds, in all
+PATIENCE = {"small": 0.0, "full": 480.0}
 PRODUCT = "matrix product"
 
 
@@ -136,13 +136,12 @@ def forward(shape: tuple[int, tuple[int, ...]], batch: int, seconds: float, **op
 
 
 def again_when_calm(
-    results: list[dict[str, Any]], measurements: list[Callable[[], dict[str, Any]]], patience: float
+    results: list[dict[str, Any]], measurements: list[Callable[[], dict[str, Any]]], end: float
 ) -> None:
-    """Repeat in place what was measured on a busy machine, the worst first, for at most `patience` seconds.
+    """Repeat in place what was measured on a busy machine, the worst first, until ``time.perf_counter()`` is `end`.
 
     Whether it was busy says the matrix product timed in the same rounds. The ratios are not looked at.
     """
-    end = time.perf_counter() + patience
     while time.perf_counter() < end:
         slow = [r["product_milliseconds"] for r in results]
         worst = max(range(len(slow)), key=slow.__getitem__)
@@ -202,6 +201,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SECONDS, default="small", help="small: a quick look; full: steady medians")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -247,7 +247,7 @@ def main() -> None:
             # the best of all: on a shared machine one alone may fall into a slow time
             result["matmul_ceiling"] = max(result["matmul_ceiling"], matmul_ceiling(dtype, device))
             measured.append(done(measurement()))
-        again_when_calm(measured, measurements, PATIENCE[arguments.suite])
+        again_when_calm(measured, measurements, start + PATIENCE[arguments.suite])
         progress.advance(task)
         result["rows"] = measured[: len(ROWS)]
         if len(measured) > len(ROWS):
