@@ -39,7 +39,6 @@ BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
 # others kept the machine busy. It is measured again, until so many seconds after the start.
 CALM = 0.9
 PATIENCE = {"small": 0.0, "full": 480.0}
-PRODUCT = "matrix product"
 
 
 def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) -> None:
@@ -50,8 +49,8 @@ def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) ->
             raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
 
 
-def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, Times]:
-    """Checked times of ours and the chosen peers."""
+def timed(problem: Problem, chosen: list[str], seconds: float, **others: Step) -> dict[str, Times]:
+    """Times of ours and the chosen peers, which are checked, and of others, which are not."""
     candidates: dict[str, Any] = {"ours": peers.ours}
     if not problem.raw:
         candidates["ours, stateless"] = peers.ours_stateless
@@ -63,20 +62,19 @@ def timed(problem: Problem, chosen: list[str], seconds: float) -> dict[str, Time
     exact = [t.detach() for t in peers.eager(problem.double())()]
     for name, step in steps.items():
         check(name, problem, step, exact)
-    steps[PRODUCT], _ = product(problem.dtype, problem.device)
-    return interleaved(steps, seconds, problem.device)
+    return interleaved(steps | others, seconds, problem.device)
 
 
 def milliseconds(times: dict[str, Times]) -> dict[str, float]:
     """Medians of the steps."""
-    return {name: t.median * 1e3 for name, t in times.items() if name != PRODUCT}
+    return {name: t.median * 1e3 for name, t in times.items()}
 
 
 def measure(row: Row, chosen: list[str], seconds: float, **options: Any) -> dict[str, Any]:
     """One row: medians of all steps, ratios of the best peer to ours."""
     problem = row.problem(**options)
-    times = timed(problem, chosen, seconds)
-    ours = times["ours"]
+    times = timed(problem, chosen, seconds, product=product(problem.dtype, problem.device))
+    product_time, ours = times.pop("product"), times["ours"]
     best = min(chosen, key=lambda name: times[name].over(ours))
     # with raw weights: the peers that are ever best
     fast = [name for name in chosen if "eager" not in name and name != "closed form"] or chosen
@@ -84,8 +82,8 @@ def measure(row: Row, chosen: list[str], seconds: float, **options: Any) -> dict
     result = {
         "row": str(problem),
         "milliseconds": milliseconds(times),
-        "spread": {name: t.spread for name, t in times.items() if name != PRODUCT},
-        "product_milliseconds": times[PRODUCT].median * 1e3,
+        "spread": {name: t.spread for name, t in times.items()},
+        "product_milliseconds": product_time.median * 1e3,
         "module_milliseconds": milliseconds(module),
         "best_peer": best,
         "ratio": times[best].over(ours),
@@ -104,11 +102,12 @@ def lidvae(seconds: float) -> dict[str, Any]:
     """The decoder people run today against ours, module and raw weights on both sides."""
     pair = Lidvae()
     pair.check()
-    times = interleaved({**pair.steps, PRODUCT: product(torch.float32, "cpu")[0]}, seconds)
+    times = interleaved({**pair.steps, "product": product(torch.float32, "cpu")}, seconds)
+    product_time = times.pop("product")
     return {
         "row": str(pair),
         "milliseconds": milliseconds(times),
-        "product_milliseconds": times[PRODUCT].median * 1e3,
+        "product_milliseconds": product_time.median * 1e3,
         "ratio": times["LIDVAE module"].over(times["ours"]),
         "wanted": pair.wanted,
     }
@@ -247,8 +246,9 @@ def main() -> None:
             # the best of all: on a shared machine one alone may fall into a slow time
             result["matmul_ceiling"] = max(result["matmul_ceiling"], matmul_ceiling(dtype, device))
             measured.append(done(measurement()))
+        progress.update(task, description="again, what was timed on a busy machine")
         again_when_calm(measured, measurements, start + PATIENCE[arguments.suite])
-        progress.advance(task)
+        progress.update(task, advance=1, description="timing")
         result["rows"] = measured[: len(ROWS)]
         if len(measured) > len(ROWS):
             result["lidvae"] = measured[-1]

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import ilvae_fast as il
 from benchmarks import model, peers
 from benchmarks.peers import Problem, Step
 from benchmarks.record import provenance
+from benchmarks.timing import Times, product, synchronise
 from ilvae_fast._files import write_atomically
 
 # (width, hidden, batch, latent, precision), most important first; the first MOST_COMPILED also get the compiled peer
@@ -94,11 +94,6 @@ def problem_of(row: Row, device: str, batch: int | None = None, double: bool = F
     return placed(Problem(width, hidden, batch or rows, latent, dtype), device)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def check(name: str, make: Callable[[Problem], Step], row: Row, device: str) -> float:
     """The largest relative error against float64, on at most 2048 rows; refuses to time what is not right."""
     batch = min(row[2], 2048)
@@ -137,20 +132,16 @@ def medians(steps: dict[str, Callable[[], Any]], device: str, seconds: float) ->
         step()
         synchronise(device)
         repeats[name] = max(1, min(200, int(0.005 / max(time.perf_counter() - start, 1e-7))))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times = {name: Times([]) for name in steps}
     end = time.perf_counter() + seconds * len(steps)
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values())).turns) < 5:
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 step()
             synchronise(device)
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-    result = {}
-    for name, t in times.items():
-        low, median, high = statistics.quantiles(t, n=4)
-        result[name] = {"microseconds": median, "spread": (high - low) / 2 / median}
-    return result
+            times[name].turns.append((time.perf_counter() - start) / repeats[name])
+    return {name: {"microseconds": t.median * 1e6, "spread": t.spread} for name, t in times.items()}
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -158,11 +149,9 @@ def ceilings(device: str) -> dict[str, float]:
     n = 8192 if device == "cuda" else 256
     found = {}
     for precision in model.PRECISIONS:
-        a, b = (torch.randn(n, n, device=device).to(dtype_of(precision)) for _ in range(2))
-        out = torch.empty_like(a)
-        product = functools.partial(torch.mm, a, b, out=out)
+        step = product(dtype_of(precision), device, n)
         with matmul_precision(precision):
-            t = medians({"mm": product}, device, 0.3)["mm"]["microseconds"]
+            t = medians({"mm": step}, device, 0.3)["mm"]["microseconds"]
         found[precision] = 2 * n**3 / t * 1e6
     source = torch.empty(2**28 if device == "cuda" else 2**20, device=device)
     target = torch.empty_like(source)
