@@ -491,7 +491,7 @@ class NegativeBinomial(_Counts):
             slope = (often * each).sum(0)
             return -slope if len(log_r) > 1 else -slope.sum(0, keepdim=True)
 
-        low, high = (torch.full_like(self.log_dispersion, end, dtype=x.dtype) for end in self._RANGE)
+        low, high = (x.new_full(self.log_dispersion.shape, end) for end in self._RANGE)
         return _bisect(decrease, low, high)
 
     def extra_repr(self) -> str:
