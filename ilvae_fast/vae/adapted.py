@@ -69,6 +69,7 @@ class AdaptedModel(ImportanceWeighted):
         likelihood: Likelihood,
         prior: Prior | None,
     ) -> None:
+        super().__init__()
         self.encoder, self.likelihood = encoder, likelihood
         self.decoder: Any = decoder if hasattr(decoder, "given") else _FlatDecoder(decoder)
         self._prior = prior

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -68,19 +67,19 @@ class ImportanceSamples(NamedTuple):
     log_weights: Tensor
 
 
-class ImportanceWeighted(ABC):
+class ImportanceWeighted(nn.Module):
     """Any model p(x|z) p(z) with an approximate posterior q(z|x), and the importance weights between the two."""
 
     prior: Prior
     likelihood: Likelihood
 
-    @abstractmethod
     def inference(self, x: Tensor) -> Posterior:
         """The approximate posterior q(z|x)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def generative(self, z: Tensor, x: Tensor | None = None) -> Tensor:
         """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., P)."""
+        raise NotImplementedError
 
     def _flat(self, x: Tensor) -> Tensor:
         """x as the likelihood takes it: (..., D)."""
@@ -119,7 +118,7 @@ class ImportanceWeighted(ABC):
         return total - math.log(num_importance_samples)
 
 
-class VAE(ImportanceWeighted, nn.Module):
+class VAE(ImportanceWeighted):
     """A variational autoencoder (Kingma & Welling, ICLR 2014) with the parts that ``config`` names.
 
     Args:
