@@ -1,8 +1,9 @@
 r"""Initial weights with which the map starts near the identity: ``T(x) ~ x`` for x ~ N(0, I_d).
 
 Solvers of optimal transport start there, by pre-training (Korotin et al., ICLR 2021); here nothing is trained. The
-notation is that of :mod:`ilvae_fast.initialization`: ``T(x) = sum_i g_i s'(a_i) A_i + L x`` over the units of all layers,
-with rows A_i = alpha u_i, |u_i| ~ 1, and a_i = alpha u_i x + b_i + (what comes from below). The sum has to be (1 - L) x.
+notation is that of :mod:`ilvae_fast.initialization`: ``T(x) = sum_i g_i s'(a_i) A_i + L x`` over the units of all
+layers, with rows A_i = alpha u_i, |u_i| ~ 1, and a_i = alpha u_i x + b_i + (what comes from below). The sum has to be
+(1 - L) x.
 
 *One direction.* s' increases, so with t = u x ~ N(0, 1) it is ``s'(alpha t + b) = const + lambda t + rest`` with
 lambda = E[t s'] >= 0. A small alpha makes the rest small where s' is smooth; biases spread over the range of alpha t
