@@ -141,26 +141,28 @@ def draw(transport: il.BrenierMap, source: Sampler, target: Sampler, shown: int 
     require("matplotlib", "train").use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import hsv_to_rgb
+    from PIL import Image
 
     x, y = source(shown), target(shown)
     moved = transport(x)
-    angle = torch.atan2(moved[:, 1], moved[:, 0])
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.3), sharex=True, sharey=True, layout="constrained")
+    hue = torch.atan2(moved[:, 1], moved[:, 0]) / (2 * math.pi) % 1
+    colours = hsv_to_rgb(torch.stack([hue, 0 * hue + 0.75, 0 * hue + 0.8], dim=1).numpy())
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.5), sharex=True, sharey=True, layout="constrained")
     grid = torch.linspace(-3.2, 3.2, 241)
     points = torch.cartesian_prod(grid, grid)
     phi = transport.potential(points).reshape(len(grid), -1).T
     phi = (phi - phi.min()).sqrt()  # rings of a parabola at equal distances
-    look: dict[str, Any] = {"s": 5, "cmap": "twilight_shifted", "linewidths": 0, "alpha": 0.85}
+    look: dict[str, Any] = {"s": 5, "linewidths": 0}
     axes[0].contour(grid, grid, phi, levels=14, colors="0.72", linewidths=0.7)
-    axes[0].scatter(*x.T, c=angle, **look)
+    axes[0].scatter(*x.T, c=colours, **look)
     axes[0].set_title("source, level sets of the potential", fontsize=9)
     ways = torch.stack([x, moved], dim=1)[:lines]
-    colours = plt.get_cmap("twilight_shifted")((angle[:lines] / (2 * math.pi) + 0.5).numpy())
-    axes[1].add_collection(LineCollection(list(ways.numpy()), colors=colours, linewidths=0.5, alpha=0.7))
-    axes[1].scatter(*moved[:lines].T, c=angle[:lines], **look)
-    axes[1].set_title("the way of its points", fontsize=9)
-    axes[2].scatter(*y.T, s=5, c="0.8", linewidths=0)
-    axes[2].scatter(*moved.T, c=angle, **look)
+    axes[1].add_collection(LineCollection(list(ways.numpy()), colors=colours[:lines], linewidths=0.5, alpha=0.6))
+    axes[1].scatter(*moved[:lines].T, c=colours[:lines], **look)
+    axes[1].set_title("the way of some of its points", fontsize=9)
+    axes[2].scatter(*y.T, s=14, c="0.85", linewidths=0)
+    axes[2].scatter(*moved.T, c=colours, **look)
     axes[2].set_title("target (grey), mapped source", fontsize=9)
     for axis in axes:
         axis.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), aspect="equal", xticks=[], yticks=[])
@@ -168,7 +170,9 @@ def draw(transport: il.BrenierMap, source: Sampler, target: Sampler, shown: int 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
-    return buffer.getvalue()
+    small = io.BytesIO()
+    Image.open(buffer).convert("RGB").quantize(96).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _commit() -> str:
