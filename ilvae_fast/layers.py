@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from . import functional, inversion
 from ._backend import route_code
+from ._errors import unknown_name
 from .activations import Activation, as_activation, encode
+from .identity_start import initialize_identity_
 from .initialization import initialize_
 from .nonneg import NonNegative, as_nonnegative
 
@@ -28,6 +30,9 @@ class Trained:
         if not (math.isfinite(self.initial) and self.initial > 0):
             raise ValueError(f"il.Trained: got initial {self.initial!r}, wanted a finite number > 0")
         object.__setattr__(self, "nonneg", as_nonnegative(self.nonneg))
+
+
+INITIALIZATIONS = ("random", "identity")
 
 
 def check_positive(argument: str, value: Any) -> int:
@@ -55,6 +60,9 @@ class BrenierMap(nn.Module):
         nonneg: parametrisation of the non-negative weights, a name or :class:`ilvae_fast.NonNegative`.
         inverse_lipschitz: L. A float or a tensor with one element is a constant, kept in a buffer; assigning to the
             attribute fills it in place, which never recompiles. :class:`ilvae_fast.Trained` makes it a parameter.
+        initialization: ``"random"``, a map of sensible scale (:mod:`ilvae_fast.initialization`), or ``"identity"``,
+            one with ``T(x) ~ x`` for x of about unit variance, for transport (:mod:`ilvae_fast.identity_start`): it
+            needs at least d hidden units if L < 1; with L >= 1 it starts near ``L x``.
         route, recompute: see :func:`ilvae_fast.plan`.
         validate: check parameters and inputs for NaN, infinity and sign at every call (synchronises with a GPU).
         device, dtype: of the parameters; L is kept at least in float32 whatever the layer's dtype.
@@ -78,6 +86,7 @@ class BrenierMap(nn.Module):
         output_activation: str | Activation = "identity",
         nonneg: str | NonNegative = "softplus",
         inverse_lipschitz: float | Tensor | Trained = 1.0,
+        initialization: str = "random",
         route: str = "auto",
         recompute: bool | None = None,
         validate: bool = False,
@@ -96,6 +105,9 @@ class BrenierMap(nn.Module):
         output = as_activation(output_activation, "output_activation")
         self._activations = encode([first, *[hidden] * (len(self.hidden_features) - 1), output])
         self.nonneg = as_nonnegative(nonneg)
+        if initialization not in INITIALIZATIONS:
+            raise unknown_name("initialization", initialization, INITIALIZATIONS)
+        self.initialization = initialization
         route_code(route)
         self.route, self.recompute, self.validate = route, recompute, validate
 
@@ -127,7 +139,11 @@ class BrenierMap(nn.Module):
         """Draw the weights anew (:mod:`ilvae_fast.initialization`); L stays as it is."""
         with torch.no_grad():
             effective = [torch.empty_like(raw, dtype=torch.float32) for raw in self.raw_weights]
-            initialize_(self.skip_weight, self.bias, effective, self._activations.layers)
+            if self.initialization == "identity":
+                constant = self.inverse_lipschitz
+                initialize_identity_(self.skip_weight, self.bias, effective, self._activations.layers, constant)
+            else:
+                initialize_(self.skip_weight, self.bias, effective, self._activations.layers)
             for raw, weight in zip(self.raw_weights, effective, strict=True):
                 raw.copy_(self.nonneg.raw(weight))
 

@@ -30,10 +30,31 @@ def test_the_decoder_example_is_certified():
     assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.5)
 
 
-def test_the_transport_example_transports():
+def _transport_residuals(**changes: str) -> tuple[float, float]:
+    """Relative squared errors of the example's two maps where the target is N(0, A^2): the optimal map is A x."""
     (source,) = (e for e in EXAMPLES if "transport" in e)
+    matrix = torch.tensor([[1.5, 0.5], [0.5, 0.8]])
+    changes["return .*"] = "return torch.randn(n, 2) @ torch.tensor([[1.5, 0.5], [0.5, 0.8]])"
+    for pattern, replacement in changes.items():
+        source, count = re.subn(pattern, lambda _, text=replacement: text, source)
+        assert count == 1
     names = _run(source)
-    assert names["loss"] < 1e-3
+    x = torch.randn(4000, 2)
+    with torch.no_grad():
+        y = x @ matrix
+        forward = (names["transport"](x) - y).square().sum() / y.square().sum()
+        return forward.item(), ((names["back"](y) - x).square().sum() / x.square().sum()).item()
+
+
+def test_the_transport_example_transports():
+    forward, inverse = _transport_residuals()
+    assert forward < 0.01
+    assert inverse < 0.01
+
+
+def test_the_transport_example_needs_its_dual():
+    forward, _ = _transport_residuals(**{r"dual \+ 2 \* cycle": "2 * cycle", r"range\(1000\)": "range(200)"})
+    assert forward > 0.1
 
 
 def test_the_examples_of_the_models_run(tmp_path, monkeypatch):
