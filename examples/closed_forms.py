@@ -91,6 +91,24 @@ class Linear:
         variance = self.covariance.diagonal()
         return 0.5 * (self.mean.square().mean(0) + variance - 1 - variance.log()).sum().item()
 
+    def elbo(self) -> float:
+        """``E_q(z|x) log p(x|z) - KL``, averaged over the data."""
+        spread = (self.w.square().sum(0) * self.covariance.diagonal()).sum()
+        square = (self.x - self.b - self.mean @ self.w.T).square().sum(-1).mean() + spread
+        return -self._nll_of_error(square.item()) - self.kl()
+
+    def gain(self) -> float:
+        """The ELBO less ``log N(x; mean of the data, sigma^2 I)``, averaged over the data."""
+        return self.elbo() + self._nll_of_error(self.x.var(0, correction=0).sum().item())
+
+    def _nll_of_error(self, square: float) -> float:
+        """Of a Gaussian with standard deviation sigma, where the squared error is ``square``."""
+        return 0.5 * square / SIGMA**2 + self.x.shape[1] * math.log(SIGMA * math.sqrt(2 * math.pi))
+
+    def direction_variances(self) -> Tensor:
+        """Eigenvalues of the covariance of the posterior's mean over the data, the largest first."""
+        return torch.linalg.svdvals(self.mean - self.mean.mean(0)).square() / len(self.mean)
+
     def mutual_information(self) -> float:
         """``I_q(x; z)`` for x ~ p(x): q(z) is N(0, C + diag S) then, with C the covariance of the posterior's mean."""
         eye = torch.eye(len(self.covariance), dtype=DTYPE)
@@ -134,6 +152,9 @@ def table() -> Iterator[Row]:
         for samples in (10, 1000):
             nll = metrics.negative_log_likelihood(model, x, samples, generator=generator())
             yield row("negative log-likelihood", f"{samples} importance samples", nll, linear.nll())
+        yield row("ELBO", "100 samples", metrics.elbo(model, x, 100, generator=generator()), linear.elbo())
+        gain = metrics.gain(model, x, x, 100, generator=generator())
+        yield row("gain over ignoring z", "100 samples", gain, linear.gain())
         yield row("KL divergence", "", metrics.kl_divergence(model, x).total, linear.kl())
         information = metrics.mutual_information(model, x, 4, generator=generator())
         yield row(
@@ -149,6 +170,8 @@ def table() -> Iterator[Row]:
             float(variances.sum()),
             float(linear.mean.var(0, correction=0).sum()),
         )
+        largest = metrics.active_directions(model, x).variances[0].item()
+        yield row("variance along the first direction", "", largest, linear.direction_variances()[0].item())
         fisher = metrics.relative_fisher(model, x, 200, generator=generator())
         effective = f"200 samples, {fisher.effective_sample_size:.0f} effective"
         yield row("relative Fisher divergence", effective, fisher.divergence, linear.residual(linear.w.T))

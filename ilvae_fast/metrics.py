@@ -2,9 +2,10 @@
 
 Arguments common to all functions:
 
-    model: a :class:`ilvae_fast.vae.VAE`, or any object with those of its parts that the function names
+    model: a :class:`ilvae_fast.vae.VAE`, a model from elsewhere by :func:`adapt`, or any object with those of the
+        parts that the function names
     data: (N, D), or an iterable of batches (n, D), where a tuple or list stands for its first entry; on the model's
-        device and in its dtype
+        device and in its dtype. For an adapted model (N, ...), as its encoder takes them
     batch_size: how many data of a tensor go at once
     generator: of the samples; by default torch's own
     reduce: for data that are spread over processes: sums a float64 tensor over all of them (of each call's result
@@ -16,7 +17,7 @@ Units are nats. Errors name the argument: ValueError for data without a datum, T
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from ._extras import require
 from .layers import check_positive
+from .vae.adapted import adapt as adapt
 
 Data: TypeAlias = "Tensor | Iterable[Tensor | Sequence[Tensor]]"
 Reduce: TypeAlias = "Callable[[Tensor], Tensor] | None"
 
 _PAIRS = 2**22  # densities of a sample under a posterior that are held at a time
+_SATURATED = 0.9  # of log N, from where on the mutual information of N data says little about that of more
 
 
 class KLDivergence(NamedTuple):
@@ -42,6 +45,14 @@ class KLDivergence(NamedTuple):
 
 class ActiveUnits(NamedTuple):
     """active: how many of the m units are. variances (m,) float64: ``Var_x E_q(z|x)[z]``."""
+
+    active: int
+    variances: Tensor
+
+
+class ActiveDirections(NamedTuple):
+    """active: how many of the m directions are. variances (m,) float64: along them, the eigenvalues of
+    ``Cov_x E_q(z|x)[z]``, the largest first."""
 
     active: int
     variances: Tensor
@@ -89,11 +100,20 @@ def _batches(data: Data, batch_size: int) -> Iterator[Tensor]:
         raise ValueError("data: got no datum, wanted at least one")
 
 
-def _mean(total: Tensor, count: int, reduce: Reduce) -> Tensor:
+def _ratio(total: Tensor, count: int, reduce: Reduce) -> Tensor:
     """``total / count`` on the CPU, both summed over processes."""
     sums = torch.cat([total.double().cpu().reshape(-1), torch.tensor([count], dtype=torch.float64)])
     sums = sums if reduce is None else reduce(sums).cpu()
     return (sums[:-1] / sums[-1]).reshape(total.shape)
+
+
+def _mean(values: Callable[[Tensor], Tensor], data: Data, batch_size: int, reduce: Reduce) -> Tensor:
+    """Mean over the data of ``values(x)`` (n, ...), in float64 on the CPU."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x in _batches(data, batch_size):
+        total = total + values(x).double().sum(0).cpu()
+        count += len(x)
+    return _ratio(total, count, reduce)
 
 
 @torch.no_grad()
@@ -113,11 +133,120 @@ def negative_log_likelihood(
 
     Needs of the model: ``log_likelihood(x, num_importance_samples, generator)``.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for x in _batches(data, batch_size):
-        total = total - model.log_likelihood(x, num_importance_samples, generator).double().sum().cpu()
-        count += len(x)
-    return float(_mean(total, count, reduce))
+    return -float(_mean(lambda x: model.log_likelihood(x, num_importance_samples, generator), data, batch_size, reduce))
+
+
+@torch.no_grad()
+def elbo(
+    model: Any,
+    data: Data,
+    num_samples: int = 1,
+    *,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+    reduce: Reduce = None,
+) -> float:
+    """``E_x [E_q(z|x) log p(x|z) - KL(q(z|x) || p(z))]``, a lower bound of ``E_x log p(x)``.
+
+    ``num_samples`` z for each datum, the KL term in closed form as in :func:`kl_divergence`. The weight of the KL term
+    and free bits, which training may have used, are left out.
+
+    Needs of the model: those of :func:`kl_divergence`, ``generative(z, x)`` and ``likelihood.log_prob(x, f)``.
+    """
+    check_positive("num_samples", num_samples)
+    return float(_mean(lambda x: _elbo(model, x, num_samples, generator), data, batch_size, reduce))
+
+
+@torch.no_grad()
+def gain(
+    model: Any,
+    data: Data,
+    train: Tensor | None = None,
+    num_samples: int = 1,
+    *,
+    baseline: float | None = None,
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+    reduce: Reduce = None,
+) -> float:
+    """Nats per datum by which the ELBO (:func:`elbo`) beats the best model that ignores its latent
+    (:func:`nll_without_latent`).
+
+    Where the gain is not positive the latent costs at least
+    what it is worth. KL, mutual information and active units do not show that: a decoder too steep for the data raises
+    all three, because the encoder then has to pay for telling latents apart.
+
+    Args:
+        train: as of :func:`nll_without_latent`.
+        baseline: instead of it the negative log-likelihood on the data of a model that ignores its latent, in nats per
+            datum; an autoregressive decoder has a gain of NaN without one.
+
+    Needs of the model: those of :func:`elbo` and of :func:`nll_without_latent`.
+
+    Raises:
+        ValueError: neither ``train`` nor ``baseline``.
+    """
+    if baseline is not None:
+        return baseline + elbo(model, data, num_samples, batch_size=batch_size, generator=generator, reduce=reduce)
+    if train is None:
+        raise ValueError("train: got None, wanted the training data, or a baseline")
+    check_positive("num_samples", num_samples)
+    without_latent = _without_latent(model, train)
+
+    def values(x: Tensor) -> Tensor:
+        return _elbo(model, x, num_samples, generator) - without_latent(x)
+
+    return float(_mean(values, data, batch_size, reduce))
+
+
+@torch.no_grad()
+def nll_without_latent(
+    model: Any, data: Data, train: Tensor, *, batch_size: int = 1024, reduce: Reduce = None
+) -> float:
+    """Negative log-likelihood, in nats per datum, of the best model that ignores its latent.
+
+    It gives every datum the same f, the likeliest one for the training data, and fits the scale where the likelihood
+    has one to fit (``likelihood.ignoring(train)``).
+
+    NaN for an autoregressive decoder: it predicts a token from those before, and beats frequencies by far without any
+    latent. What to compare it with has to be trained: the plain model (``svae``) of the same sizes with a ``kl_weight``
+    so large (100) that its KL is 0 is an autoregressive model without a latent, and :func:`negative_log_likelihood`
+    measures it.
+
+    Args:
+        train: (N, D), or (N, ...) for an adapted model; all of it in every process.
+
+    Needs of the model: ``likelihood.ignoring(x)``.
+    """
+    without_latent = _without_latent(model, train)
+    return -float(_mean(without_latent, data, batch_size, reduce))
+
+
+def _without_latent(model: Any, train: Tensor) -> Callable[[Tensor], Tensor]:
+    """``log p(x)`` (n,) of the best model that ignores its latent."""
+    if hasattr(getattr(model, "decoder", None), "given"):
+        return lambda x: torch.full((len(x),), math.nan, device=x.device)
+    likelihood, f = model.likelihood.ignoring(train.flatten(1))
+    return lambda x: likelihood.log_prob(x.flatten(1), f.to(x.device))
+
+
+def _elbo(model: Any, x: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+    """The ELBO of each x (n, ...): (n,) float64."""
+    posterior = model.inference(x)
+    total = -_kl_terms(model.prior, posterior).sum(-1)
+    for _ in range(num_samples):
+        z, weights = posterior.sample_components(generator)
+        log_prob = model.likelihood.log_prob(x.flatten(1), model.generative(z, x)).double()
+        total = total + (log_prob if weights is None else (weights * log_prob).sum(0)) / num_samples
+    return total
+
+
+def _kl_terms(prior: Any, posterior: Any) -> Tensor:
+    """The KL term of each datum: (n, m + 1) float64, of the coordinates and of the assignment."""
+    parts = prior.kl(posterior).double()
+    assignment = prior.assignment_kl(posterior) if hasattr(prior, "assignment_kl") else None
+    rest = parts.new_zeros(len(parts)) if assignment is None else assignment.double()
+    return torch.cat([parts, rest.unsqueeze(-1)], -1)
 
 
 @torch.no_grad()
@@ -129,15 +258,12 @@ def kl_divergence(model: Any, data: Data, *, batch_size: int = 1024, reduce: Red
 
     Needs of the model: ``inference(x)`` and ``prior.kl(posterior)`` (n, m); ``prior.assignment_kl`` (n), if it has one.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for x in _batches(data, batch_size):
-        posterior = model.inference(x)
-        parts = model.prior.kl(posterior).double()
-        assignment = model.prior.assignment_kl(posterior) if hasattr(model.prior, "assignment_kl") else None
-        rest = parts.new_zeros(len(x)) if assignment is None else assignment.double()
-        total = total + torch.cat([parts, rest.unsqueeze(-1)], -1).sum(0).cpu()
-        count += len(x)
-    means = _mean(total, count, reduce)
+
+    def values(x: Tensor) -> Tensor:
+        posterior = model.inference(x)  # before the prior, of which an adapted model learns the width by it
+        return _kl_terms(model.prior, posterior)
+
+    means = _mean(values, data, batch_size, reduce)
     return KLDivergence(float(means.sum()), means[:-1], float(means[-1]))
 
 
@@ -147,21 +273,47 @@ def active_units(
 ) -> ActiveUnits:
     """Latent coordinates with ``Var_x E_q(z|x)[z] >= threshold``, the (biased) variance over the data.
 
-    Source: Burda et al., ICLR 2016, section 5.2.
+    Source: Burda et al., ICLR 2016, section 5.2. A rotation of the latent space, which changes nothing about the model
+    but the names of its coordinates, changes their number; not that of :func:`active_directions`.
 
     Needs of the model: ``inference(x)`` with a ``mean`` (n, m).
     """
+    variances = _covariance_of_means(model, data, batch_size, reduce).diagonal()
+    return ActiveUnits(int((variances >= threshold).sum()), variances)
+
+
+@torch.no_grad()
+def active_directions(
+    model: Any, data: Data, threshold: float = 0.01, *, batch_size: int = 1024, reduce: Reduce = None
+) -> ActiveDirections:
+    """Directions of the latent space along which the posterior's mean moves with x: the eigenvalues of the (biased)
+    covariance over the data ``Cov_x E_q(z|x)[z]`` that are at least ``threshold``.
+
+    The same for a rotated latent space, unlike :func:`active_units`, of which it is the invariant form: by the
+    inequality of Schur and Horn the k largest eigenvalues have at least the sum of the k largest variances.
+
+    Needs of the model: ``inference(x)`` with a ``mean`` (n, m).
+    """
+    covariance = _covariance_of_means(model, data, batch_size, reduce)
+    if not bool(covariance.isfinite().all()):  # which the eigenvalues would refuse
+        return ActiveDirections(0, torch.full_like(covariance[0], math.nan))
+    variances = torch.linalg.eigvalsh(covariance).flip(0)
+    return ActiveDirections(int((variances >= threshold).sum()), variances)
+
+
+def _covariance_of_means(model: Any, data: Data, batch_size: int, reduce: Reduce) -> Tensor:
+    """``Cov_x E_q(z|x)[z]`` (m, m), biased, in float64."""
     count, mean, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x in _batches(data, batch_size):
         # batches are merged as by Chan, Golub & LeVeque (1983), without cancellation
         latent = model.inference(x).mean.double().cpu()
         n, here = len(latent), latent.mean(0)
-        square = square + (latent - here).square().sum(0) + (here - mean).square() * (count * n / (count + n))
-        mean = mean + (here - mean) * (n / (count + n))
+        within, between = latent - here, here - mean
+        square = square + within.T @ within + between.outer(between) * (count * n / (count + n))
+        mean = mean + between * (n / (count + n))
         count += n
-    common = _mean(count * mean, count, reduce)
-    variances = _mean(square + count * (mean - common).square(), count, reduce)
-    return ActiveUnits(int((variances >= threshold).sum()), variances)
+    between = mean - _ratio(count * mean, count, reduce)
+    return _ratio(square + count * between.outer(between), count, reduce)
 
 
 @torch.no_grad()
@@ -184,13 +336,13 @@ def epsilon_collapse(
         raise ValueError("epsilons: got none, wanted at least one")
     if not 0 <= delta < 1:
         raise ValueError(f"delta: got {delta!r}, wanted 0 <= delta < 1")
-    bounds = torch.tensor(list(epsilons), dtype=torch.float64).view(-1, 1, 1)
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for x in _batches(data, batch_size):
-        parts = model.prior.kl(model.inference(x)).double().cpu()
-        total = total + (parts < bounds).double().sum(1)
-        count += len(x)
-    probability = _mean(total, count, reduce)
+    bounds = torch.tensor(list(epsilons), dtype=torch.float64).unsqueeze(-1)
+
+    def values(x: Tensor) -> Tensor:
+        posterior = model.inference(x)
+        return model.prior.kl(posterior).double().cpu().unsqueeze(1) < bounds
+
+    probability = _mean(values, data, batch_size, reduce)
     collapsed = (probability >= 1 - delta).double().mean(-1)
     return EpsilonCollapse(tuple(float(e) for e in epsilons), probability, collapsed)
 
@@ -207,8 +359,13 @@ def mutual_information(
     """``I_q(x; z) = E_x KL(q(z|x) || q(z))``, x uniform on the data and ``q(z) = 1/N sum_x q(z|x)`` their aggregate.
 
     q(z) is summed over all data exactly; what is sampled is z alone, ``num_samples`` for each datum. At most log N.
-    The divergence of aggregate and prior is the rest of the KL term: ``E_x KL(q(z|x) || p(z)) - I_q`` (Hoffman &
-    Johnson, 2016). The posteriors of all data are held, and N^2 ``num_samples`` densities computed: give a part of
+
+    The rest of the KL term, ``E_x KL(q(z|x) || p(z)) - I_q = KL(q(z) || p(z))`` (Hoffman & Johnson, 2016), is the
+    divergence of aggregate and prior: it does not depend on x, so that nothing is learnt from it. It comes out right
+    only where I_q is well below log N: from about nine tenths of that on more data would have more information, and
+    the difference is an upper bound of the divergence. So it is for a mixture, whose KL term is that of z and y.
+
+    The posteriors of all data are held, and N^2 ``num_samples`` densities computed: give a part of
     large data.
 
     Needs of the model: ``inference(x)``, a tuple of tensors (n, ...) with ``sample`` and ``log_prob``.
@@ -226,6 +383,48 @@ def mutual_information(
             aggregate = posterior.log_prob(part.unsqueeze(1)).logsumexp(1) - math.log(count)
             total -= aggregate.double().sum().item()
     return total / (count * num_samples)
+
+
+def diagnose(measures: Mapping[str, Any]) -> list[str]:
+    """What the measures of a model say is wrong with it, each in a sentence or two with the cure; empty if nothing is.
+
+    Two things: the KL term exceeds 0.5 nats and less than a tenth of it is mutual information, which is not near the
+    most that so many data can have; or the gain is not positive. KL and active units alone look best in both cases.
+
+    Args:
+        measures: as :func:`ilvae_fast.training.evaluate` returns them: elbo_kl, mutual_information,
+            mutual_information_limit (log N), gain, certified. What is missing, None or NaN is not judged.
+    """
+
+    def number(name: str) -> float:
+        value = measures.get(name)
+        return math.nan if value is None else float(value)
+
+    kl, information, gained, constant = map(number, ("elbo_kl", "mutual_information", "gain", "certified"))
+    advice = "`ilvae-fast advise` says which L suits the data"
+    smaller = f"a smaller L than {constant:.3g} ({advice}), " if constant > 0 else ""
+    larger = f"a larger L than {constant:.3g}" if constant > 0 else "a decoder with L > 0, such as il-lidvae"
+    found = []
+    saturated = information >= _SATURATED * number("mutual_information_limit")
+    if kl > 0.5 and information < kl / 10 and not saturated:
+        found.append(
+            f"The latent costs {kl:.3g} nats (KL), but only {max(information, 0.0):.2g} of them are information about "
+            f"the data (MI): the encoder pays for a posterior that hardly moves with x. Try {smaller}fewer latents, "
+            "another sigma of a Gaussian likelihood, or longer training."
+        )
+    if gained <= 0:
+        # a latent that is not used costs nothing, unless the decoder moves the data with it all the same
+        costly = kl > 0.5 or gained < -0.5
+        cure = (
+            f"and its latent costs more than it explains. Try {smaller}fewer latents, a larger"
+            if costly
+            else f"and hardly uses it (posterior collapse). Try {larger} ({advice}), a smaller"
+        )
+        found.append(
+            f"The model explains the data no better than one that ignores its latent (gain {gained:.3g}, KL {kl:.2g} "
+            f"nats), {cure} sigma of a Gaussian likelihood, or longer training."
+        )
+    return found
 
 
 def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
@@ -295,14 +494,14 @@ def relative_fisher(
         weights = samples.log_weights.softmax(0)
         decoder = decoder_given(model.decoder, x)
         jacobian = _at_least_float32(decoder_jacobian(decoder, samples.z))
-        score = model.likelihood.score(x, samples.f).unsqueeze(-1).to(jacobian.dtype)
+        score = model.likelihood.score(x.flatten(1), samples.f).unsqueeze(-1).to(jacobian.dtype)
         gradient = (jacobian.mT @ score).square().sum((-2, -1))
         residual = (torch.linalg.qr(jacobian).Q.mT @ score).square().sum((-2, -1))
         sums = [(weights * gradient).sum(0), (weights * residual).sum(0), 1 / weights.square().sum(0)]
         total = total + torch.stack(sums).double().sum(-1).cpu()
         constant = certified_constant(decoder)
         count += len(x)
-    divergence, projected, effective = _mean(total, count, reduce).tolist()
+    divergence, projected, effective = _ratio(total, count, reduce).tolist()
     return RelativeFisher(divergence, constant**2 * projected, projected, effective)
 
 

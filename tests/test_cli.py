@@ -73,12 +73,41 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     (folder / "model" / "config.json").write_text(json.dumps(config))
     printed = run(capsys, "eval", str(folder), "--importance-samples", "2", "--fisher-samples", "2")
     heading, _, row = map(str.split, printed.splitlines()[-3:])
-    assert heading[:3] == ["run", "NLL", "KL"]
-    assert row[:3] == ["one", "not", "finite"]
-    assert json.loads((folder / "eval.json").read_text())["not_finite"] == ["nll"]
+    assert heading[:4] == ["run", "NLL", "gain", "KL"]
+    assert row[:5] == ["one", "not", "finite", "not", "finite"]
+    assert json.loads((folder / "eval.json").read_text())["not_finite"] == ["elbo", "gain", "nll"]
     cli._show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
     heading, _, absent, _ = map(str.split, capsys.readouterr().out.splitlines())
     assert (heading, absent) == (["run", "NLL"], ["a"])
+
+
+def test_warnings_stand_under_the_table(tmp_path, capsys):
+    # an L far beyond what the data spread: worse than their mean
+    steep = ["--model", "il-lidvae", "--L", "900", "--output", str(tmp_path / "steep")]
+    printed = run(capsys, "train", *SMALL, *steep)
+    measures = json.loads((tmp_path / "steep" / "metrics.json").read_text())
+    assert measures["gain"] < 0
+    (*_, warning) = measures["warnings"]
+    for shown in (printed, run(capsys, "report", str(tmp_path))):
+        words = " ".join(shown.split())
+        assert f"steep: {warning}" in words
+        assert words.index("KL-MI") < words.index(warning)
+    assert "Try a smaller L than 900 (`ilvae-fast advise`" in warning
+    few = ["--importance-samples", "2", "--fisher-samples", "2"]
+    assert f"steep: {warning[:50]}" in " ".join(run(capsys, "eval", str(tmp_path / "steep"), *few).split())
+
+
+def test_runs_of_an_earlier_version_are_shown_with_what_they_have(tmp_path, capsys):
+    """Their metrics.json has no gain, no directions and no warnings."""
+    earlier = {"nll": 1.5, "elbo_kl": 2.25, "active_units": 2, "mutual_information": 0.125, "certified": None}
+    for name, measures in (("a", earlier), ("b", {**earlier, "gain": -0.5, "warnings": ["Beware [of] this."]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(measures))
+    heading, _, first, second, warning = map(str.split, run(capsys, "report", str(tmp_path)).splitlines())
+    assert heading == ["run", "NLL", "gain", "KL", "MI", "active"]
+    assert first == ["a", "1.5", "2.25", "0.125", "2"]
+    assert second == ["b", "1.5", "-0.5", "2.25", "0.125", "2"]
+    assert warning == ["b:", "Beware", "[of]", "this."]
 
 
 def test_images_and_text_are_shown(tmp_path, capsys):

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 from examples.closed_forms import DTYPE, Linear
 from ilvae_fast import metrics
 from ilvae_fast.vae import VAE, DiagonalGaussian, GaussianMixturePosterior, VAEConfig
-from vae_cases import batch, small_model
+from vae_cases import batch, data_for, small_model, tokens, values_of
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -51,6 +51,79 @@ def test_more_importance_samples_tighten_the_bound():
     assert estimates[2] > linear.nll() - 0.01
 
 
+@pytest.mark.parametrize(("latent_dim", "data_dim"), [(1, 1), (2, 5), (3, 3)])
+def test_elbo_and_gain_of_a_linear_model(latent_dim, data_dim):
+    linear = Linear(latent_dim, data_dim)
+    many = linear.x.repeat(50, 1)
+    assert metrics.elbo(linear.model, many, 40, generator=seeded()) == pytest.approx(linear.elbo(), abs=0.02)
+    gain = metrics.gain(linear.model, many, linear.x, 40, generator=seeded())
+    assert gain == pytest.approx(linear.gain(), abs=0.02)
+    assert linear.elbo() < -linear.nll() + 1e-12
+
+
+def test_the_gain_is_against_training_data_or_what_is_given():
+    linear = Linear(3, 5, orthogonal=True)
+    model, x, elsewhere = linear.model, linear.x, linear.x[:20] + 1
+    assert metrics.elbo(model, x, 500, generator=seeded()) == pytest.approx(-linear.nll(), abs=0.03)  # q(z|x) is exact
+    without = metrics.nll_without_latent(model, x, elsewhere)
+    expected = -Normal(elsewhere.mean(0), 0.8).log_prob(x).sum(-1).mean().item()
+    assert without == pytest.approx(expected)
+    gain, elbo = (f(model, x, *d, generator=seeded()) for f, d in ((metrics.gain, [elsewhere]), (metrics.elbo, [])))
+    assert gain == pytest.approx(elbo + without)
+    assert metrics.gain(model, x, baseline=without, generator=seeded()) == pytest.approx(gain)
+    with pytest.raises(ValueError, match="train: got None, wanted the training data, or a baseline"):
+        metrics.gain(model, x)
+
+
+def test_a_trained_scale_is_fitted_before_the_gain_is_counted():
+    """Else a model would gain by its sigma alone."""
+    torch.manual_seed(0)
+    x = 5 * torch.randn(300, 4, dtype=DTYPE)
+    options = {"decoder": "mlp", "decoder_hidden": (4,), "likelihood_options": {"scale": 5.0, "variance": "trained"}}
+    model = VAE(VAEConfig(4, 2, **options)).double()
+    with torch.no_grad():
+        for parameter in (*model.encoder.parameters(), *model.decoder.parameters()):
+            parameter.zero_()  # f = 0 and KL = 0: it ignores its latent
+    assert metrics.elbo(model, x) < metrics.elbo(model, 0 * x)
+    assert metrics.gain(model, x, x) == pytest.approx(0, abs=0.02)
+    model.likelihood.log_scale.data.fill_(0.0)
+    assert metrics.gain(model, x, x) < -10
+
+
+@pytest.mark.parametrize("name", ["vae", "il-lidmvae", "svae"])
+def test_the_elbo_is_that_of_training(name):
+    model, x = small_model(name), data_for(name, 60)
+    torch.manual_seed(0)
+    losses = [model(x).loss.item() for _ in range(20)]
+    assert metrics.elbo(model, x, 20) == pytest.approx(-sum(losses) / 20, abs=0.05 + abs(losses[0]) / 100)
+    model.kl_weight.fill_(0.0)
+    assert metrics.elbo(model, x, 20) == pytest.approx(-sum(losses) / 20, abs=0.05 + abs(losses[0]) / 100)
+
+
+def test_a_model_of_sequences_gains_only_over_a_baseline_that_is_given():
+    model, x = small_model("svae"), tokens(6)
+    assert math.isnan(metrics.gain(model, x, x))
+    assert math.isnan(metrics.nll_without_latent(model, x, x))
+    gain = metrics.gain(model, x, x, baseline=20.0, generator=seeded())
+    assert gain == pytest.approx(20 + metrics.elbo(model, x, generator=seeded()))
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "continuous_bernoulli", "poisson", "negative_binomial"])
+def test_a_model_of_the_marginals_gains_nothing(name):
+    model, x = small_model("vae", likelihood=name), values_of(name, 500)
+    with torch.no_grad():
+        model.encoder[-1].weight.zero_()
+        model.encoder[-1].bias.zero_()
+        model.decoder[-1].weight.zero_()
+        model.decoder[-1].bias.copy_(model.likelihood.marginal(x))
+        if name == "negative_binomial":
+            model.likelihood.log_dispersion.copy_(model.likelihood.ignoring(x)[0].log_dispersion)
+    assert metrics.gain(model, x, x) == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        model.decoder[-1].bias.add_(0.3)
+    assert metrics.gain(model, x, x) < -0.01
+
+
 def test_kl_divergence_of_a_linear_model():
     linear = Linear(3, 5)
     result = metrics.kl_divergence(linear.model, linear.x)
@@ -71,11 +144,51 @@ def test_active_units_of_a_linear_model():
     assert metrics.active_units(linear.model, linear.x, expected.max().item() * 1.001).active == 0
 
 
+def test_active_directions_of_a_linear_model():
+    linear = Linear(3, 5)
+    expected = linear.direction_variances()
+    result = metrics.active_directions(linear.model, linear.x, batch_size=7)
+    torch.testing.assert_close(result.variances, expected)
+    assert result.active == 3
+    assert metrics.active_directions(linear.model, linear.x, expected[1].item() * 0.999).active == 2
+    assert metrics.active_directions(linear.model, linear.x, expected[0].item() * 1.001).active == 0
+
+
+@given(seed=st.integers(0, 1000), latent_dim=st.integers(2, 5))
+def test_a_rotation_changes_active_units_but_not_directions(seed, latent_dim):
+    generator = seeded(seed)
+    x = torch.randn(50, 1, dtype=DTYPE, generator=generator) * torch.eye(latent_dim, dtype=DTYPE)[0]  # one moves
+    rotation = torch.linalg.qr(torch.randn(latent_dim, latent_dim, dtype=DTYPE, generator=generator)).Q
+    straight, turned = (
+        SimpleNamespace(inference=lambda x, q=q: DiagonalGaussian(x @ q, torch.zeros_like(x)))
+        for q in (torch.eye(latent_dim, dtype=DTYPE), rotation)
+    )
+    variances = metrics.active_directions(straight, x).variances
+    torch.testing.assert_close(metrics.active_directions(turned, x).variances, variances, rtol=0, atol=1e-12)
+    units = metrics.active_units(turned, x).variances
+    threshold = units.min().item() / 2
+    assert metrics.active_units(turned, x, threshold).active == latent_dim
+    assert metrics.active_units(straight, x, threshold).active == 1
+    assert metrics.active_directions(turned, x, threshold).active == 1
+    assert variances[0] >= units.max()  # Schur and Horn
+
+
 def test_variances_are_those_of_far_away_means_too():
     model = SimpleNamespace(inference=lambda x: DiagonalGaussian(x, torch.zeros_like(x)))
     x = torch.randn(1000, 2, generator=seeded()).double() + 1e8
     variances = metrics.active_units(model, x, batch_size=7).variances
     torch.testing.assert_close(variances, x.var(0, correction=0), rtol=1e-6, atol=0)
+    eigenvalues = torch.linalg.eigvalsh(x.T.cov(correction=0)).flip(0)
+    torch.testing.assert_close(
+        metrics.active_directions(model, x, batch_size=7).variances, eigenvalues, rtol=1e-6, atol=0
+    )
+
+
+def test_directions_of_a_posterior_that_is_not_finite():
+    model = SimpleNamespace(inference=lambda x: DiagonalGaussian(x, torch.zeros_like(x)))
+    result = metrics.active_directions(model, torch.tensor([[0.0, math.inf], [1.0, 0.0]]))
+    assert result.active == 0
+    assert result.variances.isnan().all()
 
 
 @pytest.mark.parametrize(("latent_dim", "data_dim"), [(1, 1), (1, 4), (2, 5), (3, 3)])
@@ -222,6 +335,62 @@ def test_mutual_information_of_a_linear_model_and_its_extremes():
     assert metrics.mutual_information(posterior_of(apart), x, 3) == pytest.approx(math.log(7), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("kl", "information", "limit", "low"),
+    [(5.0, 0.4, 6.9, True), (5.0, 0.6, 6.9, False), (0.4, 0.0, 6.9, False), (90.0, 6.5, 6.9, False),
+     (90.0, 6.0, 6.9, True), (5.0, None, 6.9, False), (math.nan, 0.0, 6.9, False), (5.0, 0.1, None, True)],
+)  # fmt: skip
+def test_a_warning_where_kl_is_not_information(kl, information, limit, low):
+    measures = {"elbo_kl": kl, "mutual_information": information, "gain": 1.0, "mutual_information_limit": limit}
+    found = metrics.diagnose(measures)
+    assert len(found) == low
+    assert all("are information about the data (MI)" in warning for warning in found)
+    assert all(cure in warning for warning in found for cure in ("fewer latents", "sigma"))
+
+
+def test_a_warning_where_the_latent_gains_nothing_names_the_cure():
+    informed = {"elbo_kl": 5.0, "mutual_information": 4.0, "mutual_information_limit": 7.0}
+    collapsed = {"elbo_kl": 0.01, "mutual_information": 0.0, "mutual_information_limit": 7.0}
+    assert not metrics.diagnose({**informed, "gain": 0.1, "certified": 0.5})
+    assert not metrics.diagnose({**collapsed, "gain": 0.1})  # little, but it is worth it
+    assert not metrics.diagnose({**informed, "gain": None})  # of sequences
+    assert not metrics.diagnose({"nll": 1.0})  # of an earlier version
+    (warning,) = metrics.diagnose({**informed, "gain": -2.0, "certified": 0.5})
+    assert "gain -2, KL 5 nats" in warning
+    assert "Try a smaller L than 0.5 (`ilvae-fast advise`" in warning
+    (warning,) = metrics.diagnose({**informed, "gain": 0.0, "certified": None})
+    assert "smaller L" not in warning  # there is none
+    assert "Try fewer latents, a larger sigma" in warning
+    (warning,) = metrics.diagnose({**collapsed, "gain": -0.01, "certified": 0.5})
+    assert "posterior collapse" in warning
+    assert "Try a larger L than 0.5" in warning
+    (warning,) = metrics.diagnose({**collapsed, "gain": -90.0, "certified": 0.5})  # it moves the data for nothing
+    assert "Try a smaller L than 0.5" in warning
+    (warning,) = metrics.diagnose({**collapsed, "gain": -0.01, "certified": 0.0})
+    assert "Try a decoder with L > 0, such as il-lidvae" in warning
+    assert len(metrics.diagnose({**informed, "mutual_information": 0.1, "gain": -1.0})) == 2
+
+
+def test_a_steep_decoder_of_data_without_structure_is_found_out():
+    """What active units and KL take for the best model: it encodes where the latent is, and nothing that pays."""
+    x = 0.2 * torch.randn(500, 4, dtype=DTYPE, generator=seeded())
+    linear = Linear(2, 4, orthogonal=True)
+    model = linear.model
+    steep = 5.0 * torch.eye(4, 2, dtype=DTYPE)
+    model.decoder = type(model.decoder)(steep, torch.zeros(4, dtype=DTYPE))
+    covariance = torch.linalg.inv(torch.eye(2, dtype=DTYPE) + steep.T @ steep / 0.8**2)
+    projection = covariance @ steep.T / 0.8**2
+    model.encoder = type(model.encoder)(projection, torch.zeros(4, dtype=DTYPE), covariance.diagonal().log())
+    kl = metrics.kl_divergence(model, x).total
+    information = metrics.mutual_information(model, x, 10, generator=seeded())
+    gain = metrics.gain(model, x, x, 10, generator=seeded())
+    assert kl > 2
+    assert information < kl / 10
+    assert gain < 0
+    measures = {"elbo_kl": kl, "mutual_information": information, "gain": gain, "certified": 5.0}
+    assert len(metrics.diagnose({**measures, "mutual_information_limit": math.log(500)})) == 2
+
+
 def test_epsilon_collapse_counts_data_under_epsilon():
     mean = torch.zeros(200, 3, dtype=DTYPE)
     mean[:3, 0] = 5.0  # 1.5 % of the data use the first coordinate
@@ -356,6 +525,15 @@ def test_measures_of_spread_data_are_those_of_all():
     assert kl.total == pytest.approx(linear.kl(), rel=1e-12)
     variances = spread(lambda x, reduce: metrics.active_units(model, x, reduce=reduce)).variances
     torch.testing.assert_close(variances, linear.mean.var(0, correction=0))
+    directions = spread(lambda x, reduce: metrics.active_directions(model, x, reduce=reduce)).variances
+    torch.testing.assert_close(directions, linear.direction_variances())
+    many = {"num_samples": 500, "generator": seeded()}
+    elbo = spread(lambda x, reduce: metrics.elbo(model, x, **many, reduce=reduce))
+    gain = spread(lambda x, reduce: metrics.gain(model, x, linear.x, **many, reduce=reduce))
+    without = spread(lambda x, reduce: metrics.nll_without_latent(model, x, linear.x, reduce=reduce))
+    assert elbo == pytest.approx(linear.elbo(), abs=0.04)
+    assert gain == pytest.approx(linear.gain(), abs=0.04)
+    assert without == pytest.approx(linear.gain() - linear.elbo())
     collapse = spread(lambda x, reduce: metrics.epsilon_collapse(model, x, reduce=reduce))
     assert torch.equal(collapse.probability, metrics.epsilon_collapse(model, linear.x).probability)
     fisher = spread(lambda x, reduce: metrics.relative_fisher(model, x, 4000, reduce=reduce))
@@ -448,9 +626,12 @@ def test_measures_do_not_depend_on_how_the_data_are_cut():
 @pytest.mark.parametrize("data", [torch.zeros(0, 5, dtype=DTYPE), []], ids=["tensor", "iterable"])
 @pytest.mark.parametrize(
     "measure",
-    [metrics.negative_log_likelihood, metrics.kl_divergence, metrics.active_units, metrics.relative_fisher],
+    [
+        metrics.negative_log_likelihood, metrics.elbo, metrics.kl_divergence, metrics.active_units,
+        metrics.active_directions, metrics.relative_fisher,
+    ],
     ids=lambda measure: measure.__name__,
-)
+)  # fmt: skip
 def test_no_data_are_refused(measure, data):
     with pytest.raises(ValueError, match="data: got no datum"):
         measure(Linear(3, 5).model, data)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from ilvae_fast import metrics
 from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
 from ilvae_fast.training.state import Batches, Position, latest
@@ -167,8 +168,8 @@ def test_measures_that_are_not_finite_are_named(tmp_path, monkeypatch):
     fields = {"data_dim": 2, "latent_dim": 2, "encoder_hidden": (6,)}
     tiny = VAE(VAEConfig.named("il-lidvae", **fields, likelihood_options={"scale": 1e-25}))
     measures = evaluate(tiny, dataset, **options)
-    assert measures["nll"] is None
-    assert measures["not_finite"] == ["nll"]
+    assert measures["nll"] is measures["gain"] is None
+    assert measures["not_finite"] == ["elbo", "gain", "nll"]
     json.dumps(measures, allow_nan=False)
     plain = evaluate(VAE(VAEConfig.named("vae", **fields)), dataset, **options)
     assert plain["certified"] is plain["fisher_lower_bound"] is None  # it has none
@@ -188,6 +189,36 @@ def test_measures_that_are_not_finite_are_named(tmp_path, monkeypatch):
     (row,) = sweep(small(tmp_path, epochs=1), [1.0], [0], tmp_path / "sweep")
     assert row["not_finite"] == ["nll"]
     assert ",nll," in (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()[1]
+
+
+def test_the_measures_say_what_the_latent_is_worth(tmp_path, monkeypatch):
+    """By functions of their own each, which are tested against closed forms."""
+    dataset, options = load("toy", **SMALL["data_options"]), {"num_importance_samples": 3, "fisher_samples": 3}
+    fields = {"data_dim": 2, "latent_dim": 2, "encoder_hidden": (6,)}
+    torch.manual_seed(0)
+    model = VAE(VAEConfig.named("il-lidvae", **fields)).eval()
+    measures = evaluate(model, dataset, **options)
+    without = metrics.nll_without_latent(model, dataset.test, dataset.train)
+    assert measures["gain"] == pytest.approx(measures["elbo"] + without)
+    assert measures["elbo"] == pytest.approx(metrics.elbo(model, dataset.test, 200), abs=0.05 * abs(measures["elbo"]))
+    assert measures["kl_minus_mi"] == pytest.approx(measures["elbo_kl"] - measures["mutual_information"])
+    assert measures["mutual_information_limit"] == pytest.approx(math.log(len(dataset.test)))
+    directions = metrics.active_directions(model, dataset.test)
+    assert measures["active_directions"] == directions.active
+    assert measures["direction_variances"] == pytest.approx(directions.variances.tolist(), rel=1e-4)
+    assert measures["warnings"] == metrics.diagnose(measures)
+    given = evaluate(model, dataset, baseline=without + 7, **options)
+    assert given["gain"] == pytest.approx(measures["gain"] + 7)
+
+    monkeypatch.setattr("ilvae_fast.metrics.diagnose", lambda measures: [])
+    assert "warnings" not in evaluate(model, dataset, **options)
+    text = load("synthetic_text", num_sentences=60, vocabulary_size=20)
+    model = build_model(small(tmp_path, data="synthetic_text", data_options={}, model="svae", model_options={}), text)
+    measures = evaluate(model, text, limit=6, **options)
+    assert measures["gain"] is None
+    assert "not_finite" not in measures
+    given = evaluate(model, text, limit=6, baseline=100.0, **options)
+    assert given["gain"] == pytest.approx(100 + given["elbo"])
 
 
 def test_noise_is_not_the_stream_of_the_weights(tmp_path, monkeypatch):

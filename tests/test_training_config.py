@@ -148,3 +148,19 @@ def test_the_likelihood_fits_the_range_of_the_data(tmp_path):
     asked = replace(config, model_options={"likelihood": "bernoulli"})
     with pytest.raises(ValueError, match=r"data: npz:.*standardised.npz: x: got values from -2 to 2, wanted .* 0 to 1"):
         build_model(asked, load(config.data))
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial"])
+def test_counts_of_a_file_reach_their_likelihood(tmp_path, likelihood):
+    counts = np.arange(40 * 5, dtype=np.int32).reshape(40, 5) // 30
+    np.savez(tmp_path / "counts.npz", x_train=counts)
+    np.savez(tmp_path / "bytes.npz", x_train=counts.astype(np.uint8))  # scaled to [0, 1]
+    config = TrainConfig(data=f"npz:{tmp_path / 'counts.npz'}", model="vae", model_options={"likelihood": likelihood})
+    dataset = load(config.data)
+    model = build_model(config, dataset)
+    assert dataset.train.dtype == torch.float32
+    assert model(dataset.train).loss.isfinite()
+    assert torch.equal(model.sample(3, noise=True).frac(), torch.zeros(3, 5))
+    config = replace(config, data=f"npz:{tmp_path / 'bytes.npz'}")
+    with pytest.raises(ValueError, match=r"data: npz:.*bytes.npz: x: got values such as 0\.0.*, wanted counts"):
+        build_model(config, load(config.data))

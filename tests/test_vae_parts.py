@@ -17,9 +17,15 @@ from ilvae_fast.vae import (
     Gaussian,
     GaussianMixture,
     GaussianMixturePosterior,
+    NegativeBinomial,
+    Poisson,
     StandardNormal,
 )
-from vae_cases import OPTIONS, TOKENS, batch, small_model, tokens
+from vae_cases import OPTIONS, TOKENS, batch, counts, small_model, tokens, values_of
+
+
+def of_name(name, **options):
+    return LIKELIHOODS[name](**{**OPTIONS.get(name, {}), **options}).double()
 
 
 def test_gaussian_likelihood():
@@ -165,10 +171,194 @@ def test_variances_move_only_as_they_are_told():
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_the_score_is_the_gradient_of_the_log_density(name):
-    likelihood, x = LIKELIHOODS[name](**OPTIONS.get(name, {})), tokens(4) if name == "categorical" else batch(4)
+    likelihood, x = LIKELIHOODS[name](**OPTIONS.get(name, {})), values_of(name, 4)
     f = (4 * torch.rand(5, 4, 7 * likelihood.parameters_per_value, dtype=torch.float64) - 2).requires_grad_()
     (gradient,) = torch.autograd.grad(likelihood.log_prob(x, f).sum(), f)
     torch.testing.assert_close(likelihood.score(x, f), gradient)
+
+
+@pytest.mark.parametrize("dispersion", [0.3, 1.0, 1e6], ids="r={}".format)
+def test_count_likelihoods(dispersion):
+    x, f = counts(4), 4 * batch(5, 4) - 2
+    r = torch.tensor(dispersion, dtype=torch.float64)
+    pairs = [
+        (Poisson(), distributions.Poisson(f.exp())),
+        (NegativeBinomial(dispersion).double(), distributions.NegativeBinomial(r, logits=f - r.log())),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.log_prob(x, f), theirs.log_prob(x).sum(-1))
+        torch.testing.assert_close(ours.log_prob(x.int(), f), theirs.log_prob(x).sum(-1))
+        torch.testing.assert_close(ours.mean(f), theirs.mean)
+        at = f[0, 0, :2]
+        samples = ours.sample(at.expand(40000, 2), torch.Generator().manual_seed(0))
+        assert torch.equal(samples, samples.round())
+        assert torch.equal(samples, ours.sample(at.expand(40000, 2), torch.Generator().manual_seed(0)))
+        torch.testing.assert_close(samples.mean(0), theirs.mean[0, 0, :2], rtol=0.05, atol=0)
+        torch.testing.assert_close(samples.var(0), theirs.variance[0, 0, :2], rtol=0.15, atol=0)
+
+
+def test_a_negative_binomial_of_large_r_is_poissons_in_float32_too():
+    x, f = counts(4).float(), batch(5, 4).float()
+    poisson = Poisson().log_prob(x, f)
+    torch.testing.assert_close(NegativeBinomial(1e7).log_prob(x, f), poisson, rtol=0, atol=1e-3)
+    assert (NegativeBinomial(1.0).log_prob(x, f) - poisson).abs().min() > 0.1
+
+
+def test_dispersions_are_trained_one_for_each_coordinate_if_told_to():
+    x, f = counts(4), batch(4)
+    for trained, width in ((True, 7), (True, 1), (False, 7)):
+        likelihood = NegativeBinomial(2.0, trained, width).double()
+        assert likelihood.log_dispersion.shape == (width,)
+        assert len(list(likelihood.parameters())) == trained
+    likelihood = NegativeBinomial(2.0, data_dim=7).double()
+    likelihood.log_prob(x, f).sum().backward()
+    r = likelihood.dispersion.detach().requires_grad_()
+    distributions.NegativeBinomial(r, logits=f - r.log()).log_prob(x).sum().backward()
+    torch.testing.assert_close(likelihood.log_dispersion.grad, r.grad * r.detach())  # d r = r d log r
+
+
+@pytest.mark.parametrize("kind", [Poisson, NegativeBinomial])
+def test_counts_are_whole_numbers(kind):
+    kind().check(counts(4).float())
+    kind().check(counts(4).int())
+    with pytest.raises(ValueError, match=r"x: got values such as 0\.25, wanted counts, whole numbers >= 0"):
+        kind().check(torch.tensor([[1.0, 0.25]]))
+    with pytest.raises(ValueError, match=r"x: got values from -1 to 2, wanted counts"):
+        kind().check(torch.tensor([[-1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"x: got values such as inf"):
+        kind().check(torch.tensor([[math.inf, 2.0]]))
+
+
+def test_bad_options_of_the_negative_binomial_are_named():
+    with pytest.raises(ValueError, match=r"dispersion: got 0\.0"):
+        NegativeBinomial(0.0)
+    with pytest.raises(ValueError, match=r"data_dim: got 0"):
+        NegativeBinomial(data_dim=0)
+    with pytest.raises(ValueError, match=r"x: got 7 coordinates, wanted data_dim, 5"):
+        NegativeBinomial(data_dim=5).check(counts(4))
+
+
+# what a likelihood knows about f without a model
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_the_marginal_is_the_likeliest_output_for_all_data(name):
+    likelihood, x = of_name(name), values_of(name, 400)
+    f = likelihood.marginal(x)
+    assert f.shape == (7 * likelihood.parameters_per_value,)
+    assert f.dtype == (torch.float32 if name == "categorical" else torch.float64)
+    f = f.double().requires_grad_()
+    mean = likelihood.log_prob(x, f).mean()
+    (slope,) = torch.autograd.grad(mean, f)
+    assert slope.abs().max() < 2 / 400  # all that the smoothing leaves
+    for _ in range(20):
+        step = 0.3 * torch.randn(f.shape, dtype=torch.float64)
+        assert likelihood.log_prob(x, f.detach() + step).mean() < mean.item() + 1e-3
+    torch.testing.assert_close(likelihood.marginal(x.flip(0)), likelihood.marginal(x))
+    for bad in (x[:0], x[0]):
+        with pytest.raises(ValueError, match=r"x: got shape .*, wanted \(N, D\) with at least one datum"):
+            likelihood.marginal(bad)
+
+
+def test_what_never_occurs_keeps_a_probability():
+    zeros = torch.zeros(9, 1, dtype=torch.float64)
+    assert Bernoulli().mean(Bernoulli().marginal(zeros)).item() == pytest.approx(0.05)
+    assert ContinuousBernoulli().mean(ContinuousBernoulli().marginal(zeros)).item() == pytest.approx(0.05)
+    assert ContinuousBernoulli().mean(ContinuousBernoulli().marginal(1 - zeros)).item() == pytest.approx(0.95)
+    assert Poisson().mean(Poisson().marginal(zeros)).item() == pytest.approx(0.5 / 9)
+    two = Categorical(2).marginal(zeros.long()).exp()
+    torch.testing.assert_close(two, torch.tensor([0.95, 0.05]))  # as for Bernoulli
+    few = torch.tensor([[1, -1], [1, -1], [3, -1]])
+    frequencies = Categorical(4).marginal(few).exp().view(2, 4)
+    torch.testing.assert_close(frequencies[0], torch.tensor([0.25, 2.25, 0.25, 1.25]) / 4)
+    torch.testing.assert_close(frequencies[1], torch.full((4,), 0.25))
+    for name in LIKELIHOODS:
+        likelihood, x = of_name(name), torch.zeros(3, 7, dtype=torch.long if name == "categorical" else torch.float64)
+        assert likelihood.log_prob(values_of(name, 5), likelihood.marginal(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_fisher_is_the_mean_square_of_the_score(name):
+    likelihood = of_name(name)
+    f = (3 * torch.randn(6, 7 * likelihood.parameters_per_value, dtype=torch.float64)).clamp(-5, 5)
+    x = likelihood.sample(f.expand(20000, *f.shape), torch.Generator().manual_seed(0))
+    square = likelihood.score(x, f).square().detach()
+    error = square.std(0) / 20000**0.5
+    difference = (likelihood.fisher(f) - square.mean(0)).abs()
+    assert (difference < 5 * error + 1e-3).all()
+
+
+def test_fisher_against_sums_and_derivatives():
+    f = torch.cat([torch.linspace(-30, 30, 400, dtype=torch.float64), torch.tensor([0.0, 1e-6, 0.0999999, 0.1000001])])
+    # a variance of x is the slope of its mean
+    at = f.clone().requires_grad_()
+    for likelihood in (Bernoulli(), ContinuousBernoulli()):
+        (slope,) = torch.autograd.grad(likelihood.mean(at).sum(), at)
+        torch.testing.assert_close(likelihood.fisher(f), slope, rtol=1e-8, atol=1e-13)
+    # all x that matter
+    x = torch.arange(3000, dtype=torch.float64).view(-1, 1, 1)
+    few = torch.tensor([-4.0, 0.0, 1.5, 4.0], dtype=torch.float64).unsqueeze(-1)
+    for likelihood in (Poisson(), NegativeBinomial(0.7).double()):
+        weights = likelihood.log_prob(x, few).exp().unsqueeze(-1)
+        assert weights.sum(0).flatten().tolist() == pytest.approx([1] * 4)
+        expected = (weights * likelihood.score(x, few).square()).sum(0)
+        torch.testing.assert_close(likelihood.fisher(few), expected)
+    logits = torch.randn(5, 3, dtype=torch.float64)
+    p = logits.softmax(-1)
+    torch.testing.assert_close(Categorical(3).fisher(logits), p * (1 - p))
+    torch.testing.assert_close(Gaussian(0.5).fisher(few), torch.full_like(few, 4.0))
+
+
+@pytest.mark.parametrize("size", [20.0, 60.0, 80.0])
+def test_fisher_keeps_its_relative_precision_where_likelihoods_saturate(size):
+    f = torch.tensor([-size, size])  # float32
+    expected = torch.full((2,), math.exp(-size) / (1 + math.exp(-size)) ** 2)
+    torch.testing.assert_close(Bernoulli().fisher(f), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(Categorical(2).fisher(torch.tensor([0.0, size])), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ContinuousBernoulli().fisher(f), torch.full((2,), size**-2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(NegativeBinomial(2.0).fisher(f)[1].detach(), torch.tensor(2.0), rtol=1e-5, atol=0)
+    near = torch.linspace(-1, 1, 401)
+    exact = ContinuousBernoulli().fisher(near.double())
+    torch.testing.assert_close(ContinuousBernoulli().fisher(near), exact.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed", "trained", "optimal"])
+def test_a_gaussian_that_ignores_the_latent_fits_its_scale(variance):
+    likelihood, x = Gaussian(0.1, variance).double(), 3 * batch(400)
+    best, f = likelihood.ignoring(x)
+    torch.testing.assert_close(f, x.mean(0))
+    assert float(torch.as_tensor(likelihood.scale).detach()) == pytest.approx(0.1)  # which stays as it was
+    if variance == "fixed":
+        assert best is likelihood
+        return
+    at = best.log_prob(x, f).mean().item()
+    assert best.scale.item() == pytest.approx((x - f).square().mean().sqrt().item())
+    for factor in (0.9, 1.1):
+        assert at > Gaussian(factor * best.scale.item()).log_prob(x, f).mean().item() + 0.01
+    constant = likelihood.ignoring(torch.ones(3, 2, dtype=torch.float64))
+    assert constant[0].scale.item() == pytest.approx(1e-7, rel=1e-5)  # not 0
+
+
+@pytest.mark.parametrize("width", [1, 7])
+@pytest.mark.parametrize("few", [True, False])
+def test_a_negative_binomial_that_ignores_the_latent_fits_its_dispersion(width, few):
+    true = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).exp()
+    f = torch.full((1000, 7), 1.5 if few else 9.0, dtype=torch.float64)
+    wide = NegativeBinomial(1.0, data_dim=7).double()
+    wide.log_dispersion.data.copy_(true.log())
+    x = wide.sample(f, torch.Generator().manual_seed(0)).detach()
+    assert (x.max() < len(x)) == few  # both ways to sum
+    likelihood = NegativeBinomial(1.0, data_dim=width).double()
+    best, at = likelihood.ignoring(x)
+    assert likelihood.dispersion.tolist() == [1.0] * width
+    if width == 7:
+        torch.testing.assert_close(best.dispersion.detach(), true, rtol=0.3, atol=0)
+    best.log_prob(x, at).mean().backward()
+    assert best.log_dispersion.grad.abs().max() < 2e-3
+    fixed = NegativeBinomial(1.0, trained=False)
+    assert fixed.ignoring(x)[0] is fixed
+    even = likelihood.ignoring(torch.full((9, 7), 3.0, dtype=torch.float64))[0]  # no r is too large
+    assert even.dispersion.min() > 1e4
 
 
 def test_posterior_and_prior():

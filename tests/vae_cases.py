@@ -43,5 +43,15 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.where(torch.arange(7) < lengths, x, -1)
 
 
+def counts(*shape: int) -> torch.Tensor:
+    return (9 * batch(*shape).square()).floor()
+
+
+def values_of(likelihood: str, *shape: int) -> torch.Tensor:
+    """Data that the likelihood of that name is meant for."""
+    kinds = {"categorical": tokens, "poisson": counts, "negative_binomial": counts}
+    return kinds.get(likelihood, batch)(*shape)
+
+
 def data_for(name: str, *shape: int) -> torch.Tensor:
     return tokens(*shape) if name in SEQUENCES else batch(*shape)

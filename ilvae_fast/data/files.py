@@ -75,8 +75,9 @@ def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
 def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
 
-    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32. Labels are whole numbers
-    >= 0. Without ``x_test`` a random part, the same every time, is the test part.
+    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32, as counts should, so save
+    those in another type. Labels are whole numbers >= 0. Without ``x_test`` a random part, the same every time, is the
+    test part.
 
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit, or

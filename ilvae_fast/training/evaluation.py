@@ -16,6 +16,7 @@ from ..metrics import Reduce
 from ..vae import VAE, GaussianMixturePosterior
 
 _INFORMATION = 2000  # data for the mutual information, whose cost is their square
+_ELBO_SAMPLES = 10  # of z, for each datum
 _JACOBIANS = 200  # latents where the smallest singular value is looked for
 
 
@@ -31,6 +32,7 @@ def evaluate(
     process: int = 0,
     num_processes: int = 1,
     reduce: Reduce = None,
+    baseline: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Likelihood and collapse on the test data, as plain numbers that JSON can hold; None where there is none, or where
@@ -44,13 +46,17 @@ def evaluate(
         limit: how many of the test data (from the first on) to measure on, a tenth of them for the divergence.
         seed: of all samples.
         process, num_processes, reduce: for several processes, as in :mod:`ilvae_fast.metrics`.
+        baseline: negative log-likelihood of a model that ignores its latent, for the gain of an autoregressive decoder;
+            others are compared with the training data's marginals (:func:`ilvae_fast.metrics.gain`).
         progress: called with the part that is done, 0 to 1.
 
     Returns:
-        nll, elbo_kl, kl_per_dimension, active_units, latent_variances, epsilon_collapse (by epsilon),
-        mutual_information, fisher, fisher_lower_bound, fisher_projected_residual, fisher_effective_sample_size,
-        certified, measured; for a mixture clustering_accuracy, if the data have labels. not_finite, if there are any:
-        sorted names of the measures with a number that is infinite or NaN.
+        nll, elbo, gain (None for an autoregressive decoder without a baseline), elbo_kl, kl_per_dimension,
+        active_units, latent_variances, active_directions, direction_variances, epsilon_collapse (by epsilon),
+        mutual_information, mutual_information_limit (log N), kl_minus_mi (on the same N data), fisher,
+        fisher_lower_bound, fisher_projected_residual, fisher_effective_sample_size, certified, measured; for a mixture
+        clustering_accuracy, if the data have labels. If there are any: not_finite, sorted names of the measures with a
+        number that is infinite or NaN; warnings, what :func:`ilvae_fast.metrics.diagnose` says.
 
     Raises:
         ValueError: fewer test data than processes.
@@ -72,12 +78,19 @@ def evaluate(
     nll = metrics.negative_log_likelihood(
         model, watch(batches), num_importance_samples, generator=generator, reduce=reduce
     )
+    elbo = metrics.elbo(model, batches, _ELBO_SAMPLES, generator=generator, reduce=reduce)
+    comparable = baseline is not None or model.config.autoregressive_hidden is None
+    if baseline is None:
+        baseline = metrics.nll_without_latent(model, own, dataset.train, reduce=reduce)
     kl = metrics.kl_divergence(model, own, reduce=reduce)
     active = metrics.active_units(model, own, reduce=reduce)
+    directions = metrics.active_directions(model, own, reduce=reduce)
     collapse = metrics.epsilon_collapse(model, own, reduce=reduce)
     # what follows needs all data at once: every process computes the same
     common = torch.Generator(device).manual_seed(seed)
-    information = metrics.mutual_information(model, x[:_INFORMATION], generator=common)
+    informed = x[:_INFORMATION]
+    information = metrics.mutual_information(model, informed, generator=common)
+    rest = metrics.kl_divergence(model, informed).total - information
     clusters = _clusters(model, x) if model.config.prior == "gaussian_mixture" else None
 
     model = model.double()
@@ -91,12 +104,18 @@ def evaluate(
         constant = metrics.InverseLipschitz(metrics.certified_constant(decoder), math.nan)
     result: dict[str, Any] = {
         "nll": nll,
+        "elbo": elbo,
+        "gain": elbo + baseline,
         "elbo_kl": kl.total,
         "kl_per_dimension": kl.per_dimension.tolist(),
         "active_units": active.active,
         "latent_variances": active.variances.tolist(),
+        "active_directions": directions.active,
+        "direction_variances": directions.variances.tolist(),
         "epsilon_collapse": dict(zip(map(str, collapse.epsilons), collapse.collapsed.tolist(), strict=True)),
         "mutual_information": information,
+        "mutual_information_limit": math.log(len(informed)),
+        "kl_minus_mi": rest,
         "fisher": fisher.divergence,
         "fisher_lower_bound": fisher.lower_bound,
         "fisher_projected_residual": fisher.projected_residual,
@@ -106,10 +125,12 @@ def evaluate(
     }
     if labels is not None and clusters is not None:
         result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
-    absent = ("certified", "fisher_lower_bound") if math.isnan(constant.certified) else ()
+    absent = ["certified", "fisher_lower_bound"] if math.isnan(constant.certified) else []
+    absent += [] if comparable else ["gain"]
     finite = {name: _finite(value) for name, value in result.items()}
     not_finite = sorted(name for name in result if finite[name] != result[name] and name not in absent)
-    return {**finite, "not_finite": not_finite} if not_finite else finite
+    remarks = {"not_finite": not_finite, "warnings": metrics.diagnose(finite)}
+    return {**finite, **{name: remark for name, remark in remarks.items() if remark}}
 
 
 def check_test_data(dataset: Dataset, limit: int | None, num_processes: int) -> None:

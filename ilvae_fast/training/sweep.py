@@ -32,7 +32,8 @@ def sweep(
         on_run: called before each run; what it returns is that run's progress.
 
     Returns:
-        One row for each run of this grid: model, L, seed and the measures that are single numbers.
+        One row for each run of this grid: model, L, seed and the measures that are single numbers, with not_finite and
+        warnings.
 
     Raises:
         ValueError: constants for a model that has none, or none for one that has.
@@ -46,7 +47,8 @@ def sweep(
             name = f"seed{seed}" if constant is None else f"L{constant:g}-seed{seed}"
             run = replace(config, L=constant, seed=seed, output=str(folder / name))
             measures = train(run, None if on_run is None else on_run(run))
-            single = {k: v for k, v in measures.items() if not isinstance(v, dict | list) or k == "not_finite"}
+            remarks = ("not_finite", "warnings")
+            single = {k: v for k, v in measures.items() if not isinstance(v, dict | list) or k in remarks}
             rows.append({"model": config.model, "L": constant, "seed": seed, **single})
             if require("accelerate", "train").PartialState().is_main_process:
                 _add(rows[-1], folder)

@@ -22,6 +22,8 @@ from .likelihoods import Categorical as Categorical
 from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
 from .likelihoods import Gaussian as Gaussian
 from .likelihoods import Likelihood as Likelihood
+from .likelihoods import NegativeBinomial as NegativeBinomial
+from .likelihoods import Poisson as Poisson
 from .model import VAE as VAE
 from .model import ImportanceSamples as ImportanceSamples
 from .model import VAEOutput as VAEOutput

@@ -111,8 +111,8 @@ class VAEConfig:
         autoregressive_hidden: width of the LSTM of an autoregressive decoder, for tokens; the decoder is its head, on
             [hidden state, z]. None: x depends on z alone.
         token_embedding: width of the embeddings of tokens in LSTMs.
-        likelihood: a key of ``LIKELIHOODS``: ``"bernoulli"``, ``"continuous_bernoulli"``, ``"gaussian"`` or
-            ``"categorical"``.
+        likelihood: a key of ``LIKELIHOODS``: ``"bernoulli"``, ``"continuous_bernoulli"``, ``"gaussian"``,
+            ``"categorical"``, or for counts ``"poisson"`` or ``"negative_binomial"``.
         likelihood_options: options of the likelihood, such as ``{"scale": 0.5}``.
         kl_weight: factor of the KL term, >= 0; 1 is the ELBO, another one beta-VAE (Higgins et al., ICLR 2017).
         free_bits: nats of KL in each latent coordinate, averaged over the batch (of one process), that cost as much as

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,9 +21,9 @@ from ..decoder import BrenierDecoder
 from ..layers import accept_constants, check_positive
 from .config import VAEConfig
 from .decoders import DECODERS
-from .distributions import PRIORS, Posterior
+from .distributions import PRIORS, Posterior, Prior
 from .encoders import ENCODERS
-from .likelihoods import LIKELIHOODS
+from .likelihoods import LIKELIHOODS, Likelihood
 from .sequences import AutoregressiveDecoder
 
 _ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept ..
@@ -68,7 +69,58 @@ class ImportanceSamples(NamedTuple):
     log_weights: Tensor
 
 
-class VAE(nn.Module):
+class ImportanceWeighted(ABC):
+    """Any model p(x|z) p(z) with an approximate posterior q(z|x), and the importance weights between the two."""
+
+    prior: Prior
+    likelihood: Likelihood
+
+    @abstractmethod
+    def inference(self, x: Tensor) -> Posterior:
+        """The approximate posterior q(z|x)."""
+
+    @abstractmethod
+    def generative(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """The decoder's output f(z), which with the likelihood is p(x|z): (..., m) -> (..., P)."""
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """x as the likelihood takes it: (..., D)."""
+        return x
+
+    @torch.no_grad()
+    def importance_sample(
+        self, x: Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> ImportanceSamples:
+        """``num_samples`` latents for each datum, from q(z|x), with their importance weights."""
+        posterior = self.inference(x)
+        z, log_q = posterior.sample_with_log_prob(num_samples, generator)
+        f = self.generative(z, x)
+        log_weights = self.likelihood.log_prob(self._flat(x), f) + self.prior.log_prob(z) - log_q
+        return ImportanceSamples(z, f, log_weights)
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, x: Tensor, num_importance_samples: int = 1000, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``log 1/S sum_s p(x, z_s) / q(z_s|x)``, z_s ~ q(z|x), of each datum: (..., D) -> (...), in nats.
+
+        A lower bound of ``log p(x)`` in expectation that tightens with S (Burda et al., ICLR 2016, equation 8).
+        """
+        num_importance_samples = check_positive("num_importance_samples", num_importance_samples)
+        flat = self._flat(x)
+        rows = max(1, flat.shape[:-1].numel())
+        values = max(1, flat.numel() // rows * self.likelihood.parameters_per_value)
+        at_once = max(1, min(_ROWS, _VALUES // values) // rows)
+        total: Tensor | None = None
+        for done in range(0, num_importance_samples, at_once):
+            part = self.importance_sample(x, min(at_once, num_importance_samples - done), generator)
+            part_sum = part.log_weights.logsumexp(0)
+            total = part_sum if total is None else torch.logaddexp(total, part_sum)
+        assert total is not None
+        return total - math.log(num_importance_samples)
+
+
+class VAE(ImportanceWeighted, nn.Module):
     """A variational autoencoder (Kingma & Welling, ICLR 2014) with the parts that ``config`` names.
 
     Args:
@@ -193,37 +245,6 @@ class VAE(nn.Module):
             return self.decoder.generate(z, self.config.data_dim, generator, noise)
         f = self.generative(z)
         return self.likelihood.sample(f, generator) if noise else self.likelihood.mean(f)
-
-    @torch.no_grad()
-    def importance_sample(
-        self, x: Tensor, num_samples: int, generator: torch.Generator | None = None
-    ) -> ImportanceSamples:
-        """``num_samples`` latents for each datum, from q(z|x), with their importance weights."""
-        posterior = self.inference(x)
-        z, log_q = posterior.sample_with_log_prob(num_samples, generator)
-        f = self.generative(z, x)
-        log_weights = self.likelihood.log_prob(x, f) + self.prior.log_prob(z) - log_q
-        return ImportanceSamples(z, f, log_weights)
-
-    @torch.no_grad()
-    def log_likelihood(
-        self, x: Tensor, num_importance_samples: int = 1000, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """``log 1/S sum_s p(x, z_s) / q(z_s|x)``, z_s ~ q(z|x), of each datum: (..., D) -> (...), in nats.
-
-        A lower bound of ``log p(x)`` in expectation that tightens with S (Burda et al., ICLR 2016, equation 8).
-        """
-        num_importance_samples = check_positive("num_importance_samples", num_importance_samples)
-        rows = max(1, x.numel() // max(1, self.config.data_dim))
-        values = self.config.data_dim * self.likelihood.parameters_per_value
-        at_once = max(1, min(_ROWS, _VALUES // values) // rows)
-        total: Tensor | None = None
-        for done in range(0, num_importance_samples, at_once):
-            part = self.importance_sample(x, min(at_once, num_importance_samples - done), generator)
-            part_sum = part.log_weights.logsumexp(0)
-            total = part_sum if total is None else torch.logaddexp(total, part_sum)
-        assert total is not None
-        return total - math.log(num_importance_samples)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, each file whole or not at all.
