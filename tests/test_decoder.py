@@ -1,11 +1,13 @@
 """BrenierDecoder: embeddings, the certified constant, Jacobians, use inside a user's model."""
 
 import copy
+import itertools
 import pickle
 import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.utils.prune
 
@@ -265,3 +267,79 @@ def test_bad_tangents_and_float16_on_the_cpu_are_refused():
     with pytest.raises(ValueError, match=r"z: got torch.float16 on the CPU, wanted float32 or bfloat16"):
         decoder.half()(torch.zeros(2, 3).half())
     assert decoder.float()(torch.zeros(2, 3)).dtype == torch.float32
+
+
+def _foreign_init(module):
+    for parameter in module.parameters(recurse=False):
+        if parameter.dim() > 1:
+            torch.nn.init.xavier_normal_(parameter)
+        else:
+            torch.nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_a_foreign_initialisation_leaves_a_decoder_that_learns(embedding):
+    torch.manual_seed(0)
+    decoder, z = il.BrenierDecoder(10, 784, embedding=embedding, nonneg="square"), torch.randn(32, 10)
+    largest = [float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max())]
+    decoder.apply(_foreign_init)
+    largest.append(float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max()))
+    assert 0.1 < largest[1] / largest[0] < 10
+    target = (z @ torch.randn(10, 784)).tanh()
+    optimiser, losses = torch.optim.Adam(decoder.parameters(), lr=1e-2), []
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = (decoder(z) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    decoder.reset_parameters()
+    assert 0.3 < float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max()) / largest[0] < 3
+
+
+@pytest.mark.parametrize("embedding", ["identity", "orthogonal"])  # sigma_min of full_rank decays with it
+@pytest.mark.parametrize("nonneg", ["square", "abs"])
+def test_weight_decay_shrinks_the_decoder_to_its_floor(embedding, nonneg):
+    torch.manual_seed(0)
+    decoder = il.BrenierDecoder(
+        5, 20, ((16, 16), (32, 32)), nonneg=nonneg, embedding=embedding, inverse_lipschitz=0.5, dtype=torch.float64
+    )
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=1e-2, weight_decay=1.0)
+    z, other = torch.randn(2, 200, 5, dtype=torch.float64)
+    floor = 0.25 * (z - other).norm(dim=-1)
+    spreads = []
+    for _ in range(600):
+        for parameter in decoder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        with torch.no_grad():
+            moved = (decoder(z) - decoder(other)).norm(dim=-1)
+        assert (moved >= floor * (1 - 1e-12)).all()
+        spreads.append(float(moved.mean()))
+    assert spreads[0] > 2 * float(floor.mean())
+    assert all(after <= before for before, after in itertools.pairwise(spreads))
+    assert spreads[-1] == pytest.approx(float(floor.mean()), rel=0.01)
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_tools_of_training_code_work_on_the_decoder(embedding, tmp_path):
+    options = {"data_shape": (1, 4, 4), "embedding": embedding, "inverse_lipschitz": (0.7, 0.3)}
+    decoder, z = il.BrenierDecoder(3, None, ((8, 5), (9,)), **options), torch.randn(4, 3)
+    values = decoder(z).detach()
+    (1e6 * decoder(z).square().sum()).backward()
+    torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+    assert float(torch.nn.utils.get_total_norm([p.grad for p in decoder.parameters()])) == pytest.approx(1, rel=1e-4)
+    safetensors.torch.save_model(decoder, str(tmp_path / "model"))
+    other = il.BrenierDecoder(3, None, ((8, 5), (9,)), **options)
+    safetensors.torch.load_model(other, str(tmp_path / "model"))
+    assert torch.equal(other(z), values)
+    average = torch.optim.swa_utils.AveragedModel(decoder)
+    average.update_parameters(other)
+    average.update_parameters(other)
+    torch.testing.assert_close(average(z), values)
+    bound = decoder.inverse_lipschitz_bound()
+    decoder.half().float()
+    assert torch.equal(torch.stack(decoder.inverse_lipschitz), torch.tensor([[0.7], [0.3]]))
+    torch.testing.assert_close(decoder(z), values, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(decoder.inverse_lipschitz_bound(), bound, rtol=1e-2, atol=0)
