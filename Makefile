@@ -47,7 +47,7 @@ build: .venv/.built
 	@touch $@
 
 .venv/.built: $(SOURCES) .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,interop]"
 	@touch $@
 
 clean:

@@ -42,7 +42,7 @@ class Schedule(ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.type == "int":
-                check_positive(field.name, value)
+                object.__setattr__(self, field.name, check_positive(field.name, value))
             elif field.type == "float":
                 check_number(field.name, value)
 

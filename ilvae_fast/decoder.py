@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ._errors import unknown_name
-from .layers import BrenierMap, check_positive, stacked_tangents
+from .layers import (
+    BrenierMap,
+    check_input,
+    check_positive,
+    check_sizes,
+    check_tangent,
+    check_widths,
+    stacked_tangents,
+    warn_of_other_constants,
+)
 
 EMBEDDINGS = ("identity", "orthogonal", "full_rank")
+# options of both maps: those of BrenierMap that are not the decoder's own
+MAP_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(BrenierMap).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("inverse_lipschitz", "device", "dtype")
+]
 
 
 def _pair(argument: str, value: Any) -> tuple[Any, Any]:
@@ -30,12 +47,14 @@ class BrenierDecoder(nn.Module):
 
     Args:
         latent_dim: m.
-        data_dim: D >= m.
+        data_dim: D >= m; may be left out where ``data_shape`` is given.
         hidden_features: widths of the hidden layers of T1 and of T2.
         inverse_lipschitz: L1 and L2, a pair or one value for both; each as in :class:`BrenierMap`.
         embedding: B. ``"identity"``: the first m coordinates, never formed. ``"orthogonal"``: trained, with
             orthonormal columns by parametrisation. ``"full_rank"``: free and trained; sigma_min(B) is recomputed for
             the bound and may decay.
+        data_shape: of one datum, such as (1, 28, 28): what the decoder returns. By default (D,). Sizes may be any
+            integers, NumPy's too.
         device, dtype and further options: those of :class:`BrenierMap`, each single or a pair.
 
     Raises:
@@ -43,47 +62,66 @@ class BrenierDecoder(nn.Module):
     """
 
     raw_embedding: nn.Parameter | None
+    data_shape: tuple[int, ...] | None = None
 
     def __init__(
         self,
         latent_dim: int,
-        data_dim: int,
+        data_dim: int | None = None,
         hidden_features: Sequence[Sequence[int]] = ((128, 128), (512, 512)),
         *,
         inverse_lipschitz: Any = (1.0, 1.0),
         embedding: str = "identity",
+        data_shape: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.latent_dim = check_positive("latent_dim", latent_dim)
+        if data_shape is not None:
+            self.data_shape = check_sizes("data_shape", data_shape)
+            values = math.prod(self.data_shape)
+            if data_dim is not None and check_positive("data_dim", data_dim) != values:
+                raise ValueError(
+                    f"data_dim: got {data_dim}, wanted {values}, the values of data_shape {self.data_shape}, or none"
+                )
+            data_dim = values
+        elif data_dim is None:
+            raise TypeError("data_dim: got None, wanted a positive int, or data_shape=(1, 28, 28), say")
         self.data_dim = check_positive("data_dim", data_dim)
-        if latent_dim > data_dim:
-            raise ValueError(f"latent_dim: got {latent_dim}, wanted at most data_dim, {data_dim}: B must be injective")
+        if self.latent_dim > self.data_dim:
+            raise ValueError(
+                f"latent_dim: got {self.latent_dim}, wanted at most data_dim, {self.data_dim}: B must be injective"
+            )
         if embedding not in EMBEDDINGS:
             raise unknown_name("embedding", embedding, EMBEDDINGS)
-        if (
-            isinstance(hidden_features, int)
-            or len(hidden_features) != 2
-            or any(isinstance(h, int) for h in hidden_features)
-        ):
-            raise ValueError(f"hidden_features: got {hidden_features!r}, wanted the widths of both maps, a pair")
+        try:
+            hidden = [tuple(widths) for widths in hidden_features]
+        except TypeError:  # a number instead of a sequence
+            hidden = []
+        if len(hidden) != 2:
+            raise ValueError(
+                f"hidden_features: got {hidden_features!r}, wanted the widths of both maps, a pair: "
+                "((128, 128), (512, 512)), say"
+            )
+        hidden = [check_widths(f"hidden_features[{i}]", widths) for i, widths in enumerate(hidden)]
+        for name in options:
+            if name not in MAP_OPTIONS:
+                raise TypeError(f"option of {unknown_name('BrenierDecoder', name, MAP_OPTIONS)}")
         self.embedding = embedding
         pairs = {name: _pair(name, value) for name, value in options.items()}
         pairs["inverse_lipschitz"] = _pair("inverse_lipschitz", inverse_lipschitz)
         maps = [
-            BrenierMap(
-                features, hidden_features[i], device=device, dtype=dtype, **{name: v[i] for name, v in pairs.items()}
-            )
-            for i, features in enumerate((latent_dim, data_dim))
+            BrenierMap(features, hidden[i], device=device, dtype=dtype, **{name: v[i] for name, v in pairs.items()})
+            for i, features in enumerate((self.latent_dim, self.data_dim))
         ]
         self.latent_map, self.data_map = maps
         if embedding == "identity":
             self.register_parameter("raw_embedding", None)
         else:
             factory = {"device": device, "dtype": dtype}
-            self.raw_embedding = nn.Parameter(torch.empty(data_dim, latent_dim, **factory))  # type: ignore[arg-type]
+            self.raw_embedding = nn.Parameter(torch.empty(self.data_dim, self.latent_dim, **factory))  # type: ignore[arg-type]
             self._reset_embedding()
 
     @torch.no_grad()
@@ -95,10 +133,28 @@ class BrenierDecoder(nn.Module):
             self.raw_embedding.copy_(orthonormal)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew; the inverse-Lipschitz constants stay as they are."""
+        """Draw all weights anew; the inverse-Lipschitz constants stay as they are.
+
+        Code that initialises a whole model its own way, ``model.apply(init)``, overwrites weights that were drawn for
+        this architecture: call this afterwards. :class:`ilvae_fast.NonNegative` says what happens without.
+        """
         self.latent_map.reset_parameters()
         self.data_map.reset_parameters()
         self._reset_embedding()
+
+    @property
+    def inverse_lipschitz(self) -> tuple[Tensor, Tensor]:
+        """L1 and L2, each (1,). Assigning a pair, or one value for both, fills them in place."""
+        return self.latent_map.inverse_lipschitz, self.data_map.inverse_lipschitz
+
+    @inverse_lipschitz.setter
+    def inverse_lipschitz(self, value: Any) -> None:
+        self.latent_map.inverse_lipschitz, self.data_map.inverse_lipschitz = _pair("inverse_lipschitz", value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        maps = {"latent_map": self.latent_map, "data_map": self.data_map}
+        warn_of_other_constants({f"{prefix}{name}.inverse_lipschitz": m for name, m in maps.items()}, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def embedding_matrix(self) -> Tensor:
         """B (D, m) as it is applied, differentiable."""
@@ -116,17 +172,28 @@ class BrenierDecoder(nn.Module):
     def _operand(self) -> Tensor | int:
         return self.data_dim if self.raw_embedding is None else self.embedding_matrix()
 
+    def _check(self, z: Any) -> None:
+        check_input("z", z, self.latent_dim, "latent_dim", self.latent_map.skip_weight)
+
     def forward(self, z: Tensor) -> Tensor:
-        """``decoder(z)``: (..., m) -> (..., D)."""
-        return self.data_map(self.latent_map(z), self._operand())
+        """``decoder(z)``: (..., m) -> (..., D), or (..., *data_shape)."""
+        self._check(z)
+        x = self.data_map(self.latent_map(z), self._operand())
+        return x if self.data_shape is None else x.unflatten(-1, self.data_shape)
 
     def jvp(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder and its derivative along v (..., m): both (..., D)."""
+        """The decoder and its derivative along v (..., m): both (..., D), flat whatever ``data_shape`` is."""
+        self._check(z)
+        check_tangent(v, "z", z)
         y, y_tangent = self.latent_map.jvp(z, v)
         return self.data_map.jvp(y, y_tangent, self._operand())
 
     def jacobian(self, z: Tensor) -> Tensor:
-        """``d decoder / dz``: (..., m) -> (..., D, m); its singular values are at least the bound."""
+        """``d decoder / dz``: (..., m) -> (..., D, m); its singular values are at least the bound.
+
+        Rows are in the order of ``decoder(z)`` flattened, for a matrix has two dimensions whatever ``data_shape`` is.
+        """
+        self._check(z)
         return stacked_tangents(self.jvp, z)
 
     @torch.no_grad()
@@ -138,7 +205,8 @@ class BrenierDecoder(nn.Module):
         return bound.squeeze(0)
 
     def extra_repr(self) -> str:
-        return f"{self.latent_dim}, {self.data_dim}, embedding={self.embedding}"
+        shape = "" if self.data_shape is None else f", data_shape={self.data_shape}"
+        return f"{self.latent_dim}, {self.data_dim}, embedding={self.embedding}{shape}"
 
 
 def _whole(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import functional
+from .activations import EncodedActivations
 from .functional import Operands
 
 RESIDUAL = 1e-10  # of |T(x) - y|, over 1 + |y|
@@ -35,12 +36,7 @@ def inverse(operands: Operands) -> Tensor:
         ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
         RuntimeError: not found to :data:`RESIDUAL`, as where L = 0 and the map leaves values out.
     """
-    for i, activation in enumerate(operands.activations.layers):
-        if not activation.smooth:
-            raise ValueError(
-                f"activations[{i}]: got {activation.name!r}, wanted one without a kink: with it the map jumps and has "
-                "no inverse"
-            )
+    check_smooth(operands.activations)
     y = operands.x
     functional.check_finite("y", y)
     exact = Operands(
@@ -58,6 +54,19 @@ def inverse(operands: Operands) -> Tensor:
         solved = exact._replace(x=_minimiser(exact))
     map_there = functional.apply_potential_and_map(operands._replace(x=solved.x.to(y.dtype)), False, True)[1]
     return _Implicit.apply(map_there - y, solved)
+
+
+def check_smooth(activations: EncodedActivations) -> None:
+    """Refuse activations of a map with a kink, where the map, a gradient, jumps."""
+    layers, last = activations.layers, len(activations.layers) - 1
+    for i, activation in enumerate(layers):
+        if not activation.smooth:
+            other_first = i == 0 and last > 1 and activation != layers[1]
+            argument = "output_activation" if i == last else "first_activation" if other_first else "activation"
+            raise ValueError(
+                f"{argument}: got {activation.name!r}, wanted one without a kink, such as 'softplus', 'celu' or "
+                "'smooth_leaky_relu': with it the map jumps and has no inverse"
+            )
 
 
 class _Implicit(torch.autograd.Function):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +39,70 @@ INITIALIZATIONS = ("random", "identity")
 
 
 def check_positive(argument: str, value: Any) -> int:
-    """A positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted a positive int")
-    if value < 1:
-        raise ValueError(f"{argument}: got {value}, wanted at least 1")
-    return value
+    """A positive integer, NumPy's and torch's too, as a Python int."""
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        size = operator.index(value)
+    except TypeError:
+        cure = "; int(..) makes one of it" if isinstance(value, float) and value.is_integer() else ""
+        raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted a positive int{cure}") from None
+    if size < 1:
+        raise ValueError(f"{argument}: got {size}, wanted at least 1")
+    return size
+
+
+def check_sizes(
+    argument: str, value: Any, wanted: str = "a sequence of sizes", most: float = math.inf
+) -> tuple[int, ...]:
+    """At least one and at most so many positive integers; ``wanted`` says it in words."""
+    try:
+        sizes = () if isinstance(value, str) else tuple(value)
+    except TypeError:  # not iterable
+        sizes = ()
+    if not 0 < len(sizes) <= most:
+        raise ValueError(f"{argument}: got {value!r}, wanted {wanted}")
+    return tuple(check_positive(f"{argument}[{k}]", size) for k, size in enumerate(sizes))
+
+
+def check_widths(argument: str, value: Any) -> tuple[int, ...]:
+    """The widths of a map's hidden layers."""
+    most = functional.MAX_LAYERS
+    return check_sizes(argument, value, f"a sequence of 1 to {most} widths", most)
+
+
+def check_input(argument: str, value: Any, width: int | None, meaning: str, parameter: Tensor) -> None:
+    """A tensor (..., width), None for any width, that goes with ``parameter``; ``meaning`` is the width's name."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{argument}: got {type(value).__name__}, wanted a tensor; torch.as_tensor makes one of arrays and lists"
+        )
+    shape, dtype, wanted = value.shape, value.dtype, parameter.dtype
+    if width is not None and (not shape or shape[-1] != width):
+        raise ValueError(f"{argument}: got shape {tuple(shape)}, wanted (..., {width}), {meaning} values each")
+    if value.device != parameter.device:
+        raise ValueError(
+            f"{argument}: got device {value.device}, wanted {parameter.device}, where the parameters are: move either "
+            "with .to(device)"
+        )
+    if dtype != wanted and not (
+        torch.is_autocast_enabled(value.device.type)
+        and value.is_floating_point()
+        and torch.float64 not in (dtype, wanted)
+    ):
+        raise ValueError(
+            f"{argument}: got dtype {dtype}, wanted {wanted}, that of the parameters: {argument}.to({wanted})"
+        )
+    if wanted == torch.float16 and value.device.type == "cpu":
+        raise ValueError(f"{argument}: got {dtype} on the CPU, wanted float32 or bfloat16; float16 is for GPUs")
+
+
+def check_tangent(v: Any, argument: str, value: Tensor) -> None:
+    """A tangent at ``value``, which the user knows as ``argument``."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v: got {type(v).__name__}, wanted a tensor")
+    if v.shape != value.shape:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted that of {argument}, {tuple(value.shape)}")
 
 
 class BrenierMap(nn.Module):
@@ -75,6 +136,7 @@ class BrenierMap(nn.Module):
     """
 
     raw_weights: nn.ParameterList
+    _configured: float | None = None  # L as it was constructed, until another one is assigned or loaded
 
     def __init__(
         self,
@@ -95,14 +157,17 @@ class BrenierMap(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = check_positive("in_features", in_features)
-        if isinstance(hidden_features, int) or not 0 < len(hidden_features) <= functional.MAX_LAYERS:
-            raise ValueError(
-                f"hidden_features: got {hidden_features!r}, wanted a sequence of 1 to {functional.MAX_LAYERS} widths"
-            )
-        self.hidden_features = tuple(check_positive(f"hidden_features[{k}]", n) for k, n in enumerate(hidden_features))
+        self.hidden_features = check_widths("hidden_features", hidden_features)
         hidden = as_activation(activation)
         first = hidden if first_activation is None else as_activation(first_activation, "first_activation")
         output = as_activation(output_activation, "output_activation")
+        if not hidden.monotone and len(self.hidden_features) > 1:
+            raise ValueError(
+                f"activation: got {hidden.name!r}, wanted a non-decreasing one for all hidden layers but the first: "
+                f"first_activation={hidden.name!r}, activation=another"
+            )
+        if not output.monotone:
+            raise ValueError(f"output_activation: got {output.name!r}, wanted a non-decreasing one")
         self._activations = encode([first, *[hidden] * (len(self.hidden_features) - 1), output])
         self.nonneg = as_nonnegative(nonneg)
         if initialization not in INITIALIZATIONS:
@@ -115,7 +180,7 @@ class BrenierMap(nn.Module):
         if factory["dtype"] not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype: got {dtype}, wanted float64, float32, bfloat16 or, on GPUs, float16")
         units = sum(self.hidden_features)
-        self.skip_weight = nn.Parameter(torch.empty(units + 1, in_features, **factory))
+        self.skip_weight = nn.Parameter(torch.empty(units + 1, self.in_features, **factory))
         self.bias = nn.Parameter(torch.empty(units + 1, **factory))
         shapes = zip([*self.hidden_features[1:], 1], self.hidden_features, strict=True)
         self.raw_weights = nn.ParameterList([nn.Parameter(torch.empty(*shape, **factory)) for shape in shapes])
@@ -133,10 +198,15 @@ class BrenierMap(nn.Module):
             if isinstance(inverse_lipschitz, Tensor) and inverse_lipschitz.numel() == 1:
                 inverse_lipschitz = float(inverse_lipschitz)
             self.inverse_lipschitz = inverse_lipschitz
+            self._configured = float(inverse_lipschitz)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew (:mod:`ilvae_fast.initialization`); L stays as it is."""
+        """Draw the weights anew (:mod:`ilvae_fast.initialization`); L stays as it is.
+
+        For code that initialises all modules its own way: this undoes ``model.apply(init)`` (see
+        :class:`ilvae_fast.NonNegative` for what such an ``init`` does to the weights).
+        """
         with torch.no_grad():
             effective = [torch.empty_like(raw, dtype=torch.float32) for raw in self.raw_weights]
             if self.initialization == "identity":
@@ -162,6 +232,7 @@ class BrenierMap(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "inverse_lipschitz":  # nn.Module would refuse a number for a buffer
+            self._configured = None
             self._fill_inverse_lipschitz(value)
         else:
             super().__setattr__(name, value)
@@ -175,7 +246,7 @@ class BrenierMap(nn.Module):
             if type(value) is Tensor and value.is_cpu:  # looking elsewhere would wait for the device
                 functional.check_inverse_lipschitz(value.item())
         else:
-            value = functional.check_inverse_lipschitz(value)
+            value = functional.check_inverse_lipschitz(value.item() if isinstance(value, np.generic) else value)
             value = torch.tensor([value], dtype=torch.float64, device="cpu")
         name, store = self._constant_slot()
         if name not in store:
@@ -219,6 +290,7 @@ class BrenierMap(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
+        warn_of_other_constants({f"{prefix}inverse_lipschitz": self}, state_dict)
         super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
         name, store = self._constant_slot()
         given = state_dict.get(prefix + name)
@@ -236,6 +308,7 @@ class BrenierMap(nn.Module):
 
     def operands(self, x: Tensor, embedding: Tensor | int | None = None) -> functional.Operands:
         """The arguments of :mod:`ilvae_fast.functional` at ``x``."""
+        self._check("x", x, embedding)
         return functional.prepare(
             x,
             self.skip_weight,
@@ -248,6 +321,9 @@ class BrenierMap(nn.Module):
             self.recompute,
             self.validate,
         )
+
+    def _check(self, argument: str, value: Any, embedding: Tensor | int | None = None) -> None:
+        check_input(argument, value, self.in_features if embedding is None else None, "in_features", self.skip_weight)
 
     def forward(self, x: Tensor, embedding: Tensor | int | None = None) -> Tensor:
         """``T(x)``: (..., d) -> (..., d); with an embedding B, as :mod:`ilvae_fast.functional` takes it, ``T(B x)``."""
@@ -263,17 +339,24 @@ class BrenierMap(nn.Module):
 
     def jvp(self, x: Tensor, v: Tensor, embedding: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """``(T(B x), dT(B x)/dx v)``, for x and v (..., d), or (..., m) with an embedding B."""
-        return functional.apply_map_jvp(self.operands(x, embedding), v)
+        operands = self.operands(x, embedding)
+        check_tangent(v, "x", x)
+        return functional.apply_map_jvp(operands, v)
 
     def jacobian(self, x: Tensor) -> Tensor:
         """``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L."""
+        self._check("x", x)
         return stacked_tangents(self.jvp, x)
 
     def logabsdet(self, x: Tensor) -> Tensor:
         """``log |det dT/dx|``: (..., d) -> (...), at least float32; differentiable. Takes (..., d, d) and d^3 work.
 
         The density of ``T(x)`` at ``T(x)`` is that of x at x times ``exp(-logabsdet(x))``.
+
+        Raises:
+            ValueError: an activation has a kink, so that the map jumps and no such density exists.
         """
+        inversion.check_smooth(self._activations)
         jacobian = self.jacobian(x)
         return torch.linalg.slogdet(jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))).logabsdet
 
@@ -287,6 +370,7 @@ class BrenierMap(nn.Module):
             ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
             RuntimeError: there is no such x, or it was not found, as may be with L = 0.
         """
+        self._check("y", y)
         return inversion.inverse(self.operands(y))
 
     def extra_repr(self) -> str:
@@ -308,3 +392,37 @@ def stacked_tangents(jvp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: 
     m = x.shape[-1]
     tangents = torch.eye(m, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], m, m)
     return jvp(x.unsqueeze(-2).expand(*x.shape[:-1], m, m), tangents)[1].mT
+
+
+def accept_constants(model: nn.Module) -> None:
+    """Let the next state that ``model`` loads bring other constants than it was constructed with, and no warning: it is
+    a state of the same configuration, whose constants a schedule may have moved."""
+    for module in model.modules():
+        if isinstance(module, BrenierMap):
+            module._configured = None
+
+
+def warn_of_other_constants(maps: Mapping[str, BrenierMap], state: Mapping[str, Any]) -> None:
+    """Warn, once for all ``maps``, of constants in the ``state`` to be loaded that were constructed otherwise.
+
+    Args:
+        maps: by the names of their constants in ``state``. One that was assigned since it was constructed, as schedules
+            do, differs for a reason.
+    """
+    others = []
+    for name, brenier_map in maps.items():
+        configured, loaded = brenier_map._configured, state.get(name)
+        if configured is None or not isinstance(loaded, Tensor) or loaded.is_meta or loaded.numel() != 1:
+            continue
+        value = float(loaded)
+        rounding = torch.finfo(loaded.dtype).eps if loaded.is_floating_point() else 0.0
+        if not math.isclose(value, configured, rel_tol=max(rounding, 1e-6)):  # L itself may be kept in float32
+            brenier_map._configured = None
+            others.append(f"{name} = {value:g}, constructed as {configured:g}")
+    if others:
+        warnings.warn(
+            f"the loaded state has {'; '.join(others)}. What was loaded is in force: assign inverse_lipschitz after "
+            "loading for another",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -88,7 +88,7 @@ class InverseLipschitz(NamedTuple):
 
 
 def _batches(data: Data, batch_size: int) -> Iterator[Tensor]:
-    check_positive("batch_size", batch_size)
+    batch_size = check_positive("batch_size", batch_size)
     batches = data.split(batch_size) if isinstance(data, Tensor) else data
     empty = True
     for batch in batches:
@@ -370,7 +370,7 @@ def mutual_information(
 
     Needs of the model: ``inference(x)``, a tuple of tensors (n, ...) with ``sample`` and ``log_prob``.
     """
-    check_positive("num_samples", num_samples)
+    num_samples = check_positive("num_samples", num_samples)
     parts = [model.inference(x) for x in _batches(data, batch_size)]
     posterior = type(parts[0])(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
     count, total = len(posterior.mean), 0.0
@@ -487,7 +487,7 @@ def relative_fisher(
     Needs of the model: ``importance_sample(x, num_samples, generator)``, ``likelihood.score(x, f)`` and ``decoder``
     as in :func:`decoder_jacobian`. ``batch_size * num_samples`` Jacobians (D, m) are held at a time.
     """
-    check_positive("num_samples", num_samples)
+    num_samples = check_positive("num_samples", num_samples)
     total, count, constant = torch.zeros(3, dtype=torch.float64), 0, math.nan
     for x in _batches(data, batch_size):
         samples = model.importance_sample(x, num_samples, generator)
@@ -544,7 +544,7 @@ def decoder_jacobian(decoder: Any, z: Tensor) -> Tensor:
     """
     if hasattr(decoder, "jacobian"):
         return decoder.jacobian(z)
-    flat = torch.func.vmap(torch.func.jacfwd(decoder))(z.reshape(-1, z.shape[-1]))
+    flat = torch.func.vmap(torch.func.jacfwd(lambda one: decoder(one).flatten()))(z.reshape(-1, z.shape[-1]))
     return flat.reshape(*z.shape[:-1], *flat.shape[-2:])
 
 

@@ -44,6 +44,13 @@ class NonNegative:
             user promises that the raw weights are non-negative.
         parameter: the lower bound of ``clamp``, >= 0, 0 by default; the others have none.
 
+    Code that initialises or decays all parameters of a model does so to the raw weights, and effective weights are
+    about one over a layer's width. ``square`` and ``abs`` map 0 to 0: weight decay shrinks the map towards ``L x``, and
+    small raw weights (``xavier_normal_``) leave a map that is flatter than a fresh one, but learns. ``softplus`` and
+    ``exp`` map 0 to 0.69 and 1: weight decay makes the map steeper at first, and ``xavier_normal_`` takes the largest
+    singular value of the Jacobian of ``BrenierDecoder(10, 784)`` from 4 to 700 and 2000. Use ``square``, or call
+    ``reset_parameters()`` of the map or decoder after such an initialisation.
+
     Raises:
         ValueError: unknown name (the nearest one is named) or a parameter outside its range.
     """

@@ -598,6 +598,8 @@ def test_a_brenier_jacobian_is_the_one_of_forward_mode():
     z = torch.randn(4, 3, dtype=DTYPE)
     expected = torch.stack([torch.autograd.functional.jacobian(model.decoder, point) for point in z])
     torch.testing.assert_close(metrics.decoder_jacobian(model.decoder, z), expected)
+    images = torch.nn.Sequential(model.decoder, torch.nn.Unflatten(-1, (5, 1)))
+    torch.testing.assert_close(metrics.decoder_jacobian(images, z), expected)
 
 
 # streaming

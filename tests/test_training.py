@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,6 +400,17 @@ def test_the_position_survives_a_checkpoint():
     earlier = Position(torch.zeros(3, 2))
     earlier.load_state_dict(state)
     assert earlier.data == Position(torch.zeros(3, 2)).data
+
+
+def test_a_run_whose_constants_were_annealed_goes_on_without_a_warning(tmp_path):
+    schedule = {"L1": {"kind": "linear", "start": 3.0, "end": 0.5, "steps": 10}, "L2": 0.8}
+    config = small(tmp_path, annealing=schedule, checkpoint_every=4)
+    interrupted(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the loaded state has")
+        train(config)
+        model = VAE.from_pretrained(tmp_path / "model")
+    assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.4)
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path):

@@ -7,12 +7,13 @@ import math
 import os
 import stat
 import sys
+import warnings
 
 import pytest
 import torch
 from torch import distributions
 
-from ilvae_fast import _files
+from ilvae_fast import BrenierDecoder, _files
 from ilvae_fast.vae import (
     CONFIGURATIONS,
     LIKELIHOODS,
@@ -307,7 +308,9 @@ def test_a_saved_model_comes_back_the_same(tmp_path, dtype, embedding):
     model.decoder.data_map.inverse_lipschitz = 0.7  # moved since it was configured
     model.kl_weight.fill_(0.25)
     model.save_pretrained(tmp_path / "deep" / "folder")
-    loaded = VAE.from_pretrained(tmp_path / "deep" / "folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that L was moved is no surprise
+        loaded = VAE.from_pretrained(tmp_path / "deep" / "folder")
     assert loaded.config == model.config
     state, other = model.state_dict(), loaded.state_dict()
     assert state.keys() == other.keys()
@@ -315,6 +318,30 @@ def test_a_saved_model_comes_back_the_same(tmp_path, dtype, embedding):
         assert tensor.dtype == other[name].dtype, name
         assert torch.equal(tensor, other[name]), name
     assert sorted(p.name for p in (tmp_path / "deep" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["il-lidvae", "il-lidmvae", "il-lidsvae"])
+@pytest.mark.parametrize(("wanted", "pair"), [((0.5, 0.25), (0.5, 0.25)), (2.0, (2.0, 2.0)), (0.0, (0.0, 0.0))])
+def test_an_explicit_constant_wins_over_the_saved_one(tmp_path, name, wanted, pair):
+    model = small_model(name, inverse_lipschitz=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = VAE.from_pretrained(tmp_path, inverse_lipschitz=wanted)
+    assert loaded.config.inverse_lipschitz == pair
+    decoder = next(module for module in loaded.modules() if isinstance(module, BrenierDecoder))
+    assert tuple(float(constant) for constant in decoder.inverse_lipschitz) == pair
+    other = {k for k, v in model.state_dict().items() if not torch.equal(v, loaded.state_dict()[k])}
+    assert {k.rpartition(".")[2] for k in other} == {"inverse_lipschitz"}
+    loaded.save_pretrained(tmp_path)
+    assert VAE.from_pretrained(tmp_path).config.inverse_lipschitz == pair
+
+
+def test_an_explicit_constant_that_nothing_takes_is_refused(tmp_path):
+    small_model("vae").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"inverse_lipschitz: got 0\.5, wanted None for decoder='mlp'"):
+        VAE.from_pretrained(tmp_path, inverse_lipschitz=0.5)
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="inverse_lipschitz: got 3 values"):
+        VAE.from_pretrained(tmp_path, inverse_lipschitz=(1.0, 2.0, 3.0))
 
 
 def test_what_is_missing_or_unknown_in_a_saved_model_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,3 +135,11 @@ def test_an_unknown_model_is_refused_with_the_nearest():
 def test_parts_refuse_what_they_cannot_be_built_from(name, fields, message):
     with pytest.raises(ValueError, match=message):
         VAE(small(name, **fields))
+
+
+def test_sizes_may_be_numpy_integers_and_are_saved(tmp_path):
+    config = small(
+        data_dim=np.prod((7, 1)), latent_dim=np.int32(3), encoder_hidden=(np.int64(11),), data_shape=torch.Size([7])
+    )
+    VAE(config).save_pretrained(tmp_path)
+    assert VAE.from_pretrained(tmp_path).config == small(data_shape=(7,))

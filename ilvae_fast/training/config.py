@@ -95,9 +95,9 @@ class TrainConfig:
             raise unknown_name("precision", self.precision, PRECISIONS)
         counts = ("latent_dim", "epochs", "batch_size", "accumulation", "checkpoint_every", "log_every")
         for name in (*counts, "num_importance_samples", "fisher_samples"):
-            check_positive(name, getattr(self, name))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         if self.eval_limit is not None:
-            check_positive("eval_limit", self.eval_limit)
+            object.__setattr__(self, "eval_limit", check_positive("eval_limit", self.eval_limit))
         for name in ("learning_rate", "loss_limit"):
             check_number(name, getattr(self, name), above=True)
         if self.max_grad_norm is not None:

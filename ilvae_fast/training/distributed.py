@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .._extras import require
 from ..decoder import BrenierDecoder
+from ..layers import accept_constants
 from ..vae import VAE, AutoregressiveDecoder
 
 _METHODS = {
@@ -68,6 +69,7 @@ def whole(model: VAE, device: torch.device) -> VAE:
     if not isinstance(model, FSDPModule):
         return model
     copy = VAE(model.config)
+    accept_constants(copy)
     copy.load_state_dict(gathered(model.state_dict()))
     return copy.to(device)
 

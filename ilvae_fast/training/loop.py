@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from .._extras import require
 from .._files import write_atomically
 from ..annealing import Annealer
+from ..layers import accept_constants
 from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
 from .config import TrainConfig, build_model, differences, load_dataset
@@ -279,6 +280,7 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model = VAE(VAEConfig.from_dict(saved["config"]))
+    accept_constants(model)
     model.load_state_dict(saved["model"])
     torch.set_rng_state(saved["rng"]["cpu"])
     device = torch.device("cuda" if "cuda" in saved["rng"] and torch.cuda.is_available() else "cpu")

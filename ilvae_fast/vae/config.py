@@ -78,14 +78,14 @@ def _plain(value: Any) -> Any:
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _check_widths(argument: str, value: Any) -> None:
+def _widths(argument: str, value: Any) -> tuple[Any, ...]:
+    """Widths, or widths of several parts, as Python's own integers, which JSON can hold."""
     if not isinstance(value, tuple):
         raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted a sequence of widths")
-    for k, width in enumerate(value):
-        if isinstance(width, tuple):
-            _check_widths(f"{argument}[{k}]", width)
-        else:
-            check_positive(f"{argument}[{k}]", width)
+    names = [f"{argument}[{k}]" for k in range(len(value))]
+    return tuple(
+        (_widths if isinstance(v, tuple) else check_positive)(name, v) for name, v in zip(names, value, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class VAEConfig:
     free_bits: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive("data_dim", self.data_dim)
-        check_positive("latent_dim", self.latent_dim)
-        check_positive("token_embedding", self.token_embedding)
+        for argument in ("data_dim", "latent_dim", "token_embedding", "autoregressive_hidden"):
+            if argument != "autoregressive_hidden" or self.autoregressive_hidden is not None:
+                object.__setattr__(self, argument, check_positive(argument, getattr(self, argument)))
         parts: dict[str, Iterable[str]] = {
             "prior": PRIORS,
             "encoder": ENCODERS,
@@ -155,12 +155,8 @@ class VAEConfig:
         for argument, known in parts.items():
             if getattr(self, argument) not in known:
                 raise unknown_name(argument, getattr(self, argument), known)
-        if self.autoregressive_hidden is not None:
-            check_positive("autoregressive_hidden", self.autoregressive_hidden)
-            if self.likelihood != "categorical":
-                raise ValueError(
-                    f"likelihood: got {self.likelihood!r}, wanted 'categorical' with autoregressive_hidden"
-                )
+        if self.autoregressive_hidden is not None and self.likelihood != "categorical":
+            raise ValueError(f"likelihood: got {self.likelihood!r}, wanted 'categorical' with autoregressive_hidden")
 
         pair = _tuples(self.inverse_lipschitz)
         pair = pair if isinstance(pair, tuple) else (pair, pair)
@@ -170,8 +166,7 @@ class VAEConfig:
 
         for argument in ("encoder_hidden", "decoder_hidden", "data_shape"):
             if getattr(self, argument) is not None:
-                object.__setattr__(self, argument, _tuples(getattr(self, argument)))
-                _check_widths(argument, getattr(self, argument))
+                object.__setattr__(self, argument, _widths(argument, _tuples(getattr(self, argument))))
         if self.data_shape is not None and math.prod(self.data_shape) != self.data_dim:
             raise ValueError(f"data_shape: got {self.data_shape}, wanted data_dim, {self.data_dim}, values in all")
         for argument in ("prior_options", "decoder_options", "likelihood_options"):

@@ -7,27 +7,17 @@ constant. For sequences it is the head of :class:`~.sequences.AutoregressiveDeco
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .._options import check_names
-from ..decoder import BrenierDecoder
-from ..layers import BrenierMap
+from ..decoder import MAP_OPTIONS, BrenierDecoder
 from .encoders import mlp
 
 if TYPE_CHECKING:
     from .config import VAEConfig
-
-
-# those that are no fields of the configuration
-_BRENIER_OPTIONS = [
-    name
-    for name, parameter in inspect.signature(BrenierMap).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("inverse_lipschitz", "device", "dtype")
-]
 
 
 def _mlp(config: VAEConfig, in_features: int, out_features: int) -> nn.Module:
@@ -48,7 +38,7 @@ def _brenier(config: VAEConfig, in_features: int, out_features: int) -> nn.Modul
             f"autoregressive_hidden: got {config.autoregressive_hidden} with latent_dim {config.latent_dim}, wanted "
             f"at most num_categories, {out_features}, in all: the head maps [hidden state, z] injectively to logits"
         )
-    check_names("decoder_options", config.decoder_options, _BRENIER_OPTIONS)
+    check_names("decoder_options", config.decoder_options, MAP_OPTIONS)
     return BrenierDecoder(
         in_features,
         out_features,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .._extras import require
 from .._files import write_atomically
 from .._options import build
-from ..layers import check_positive
+from ..decoder import BrenierDecoder
+from ..layers import accept_constants, check_positive
 from .config import VAEConfig
 from .decoders import DECODERS
 from .distributions import PRIORS, Posterior, Prior
@@ -104,7 +105,7 @@ class ImportanceWeighted(nn.Module):
 
         A lower bound of ``log p(x)`` in expectation that tightens with S (Burda et al., ICLR 2016, equation 8).
         """
-        check_positive("num_importance_samples", num_importance_samples)
+        num_importance_samples = check_positive("num_importance_samples", num_importance_samples)
         flat = self._flat(x)
         rows = max(1, flat.shape[:-1].numel())
         values = max(1, flat.numel() // rows * self.likelihood.parameters_per_value)
@@ -231,7 +232,8 @@ class VAE(ImportanceWeighted):
     def interpolate(self, start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
         """Data decoded on the line between the latents of start and end (..., D): (num_steps, ..., D), ends
         included."""
-        if check_positive("num_steps", num_steps) < 2:
+        num_steps = check_positive("num_steps", num_steps)
+        if num_steps < 2:
             raise ValueError(f"num_steps: got {num_steps}, wanted at least 2, the ends")
         first, last = self.encode(start), self.encode(end)
         steps = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
@@ -256,15 +258,23 @@ class VAE(ImportanceWeighted):
         write_atomically(Path(directory) / "config.json", config)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], encoder: nn.Module | None = None) -> VAE:
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        encoder: nn.Module | None = None,
+        inverse_lipschitz: float | tuple[float, float] | None = None,
+    ) -> VAE:
         """The model that :meth:`save_pretrained` wrote, on the CPU, in its dtypes and in training mode.
 
         Args:
             encoder: a module like the one that was saved, if that was the user's own.
+            inverse_lipschitz: L1 and L2 for the Brenier decoder, as in :class:`VAEConfig`, instead of those it was
+                saved with; the configuration has them too. None: those of the saved tensors, where a schedule may have
+                moved them from those of the configuration.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: unknown field in the configuration.
+            ValueError: unknown field in the configuration; ``inverse_lipschitz`` for a model without a Brenier decoder.
             RuntimeError: the tensors do not fit the configuration.
             ImportError: safetensors is not installed; says how to install it.
         """
@@ -273,12 +283,23 @@ class VAE(ImportanceWeighted):
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"directory: no {path.name} in {os.fspath(directory)!r}, wanted a saved model")
-        model = cls(VAEConfig.from_dict(json.loads(paths[0].read_text())), encoder)
+        config = VAEConfig.from_dict(json.loads(paths[0].read_text()))
+        if inverse_lipschitz is not None:
+            if config.decoder != "brenier":
+                raise ValueError(
+                    f"inverse_lipschitz: got {inverse_lipschitz}, wanted None for decoder={config.decoder!r}"
+                )
+            config = replace(config, inverse_lipschitz=inverse_lipschitz)  # type: ignore[arg-type]  # one value too
+        model = cls(config, encoder)
         state = safetensors.load(paths[1].read_bytes())
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if name in state:  # else load_state_dict names it
                 tensor.data = tensor.data.to(state[name].dtype)
+        accept_constants(model.decoder)
         model.load_state_dict(state)
+        if inverse_lipschitz is not None:
+            decoder = next(module for module in model.decoder.modules() if isinstance(module, BrenierDecoder))
+            decoder.inverse_lipschitz = config.inverse_lipschitz
         return model
 
 
