@@ -28,6 +28,7 @@ from benchmarks.record import RESULTS, provenance, write
 from ilvae_fast import metrics
 from ilvae_fast._files import write_atomically
 from ilvae_fast.vae import VAE, VAEConfig
+from ilvae_fast.vae.likelihoods import LIKELIHOODS
 
 NAME = "advice"
 DECODER: dict[str, Any] = {
@@ -86,14 +87,12 @@ class Parts:
 def load(task: Task, data_root: str | None) -> Parts:
     """A sixth of the training data is for validation."""
     dataset = il.data.load(task.data, data_root)
-    fit, validation = dataset.train[: task.count].split(
-        [task.count - task.count // 6, task.count // 6]
-    )
+    fit, validation = dataset.train[: task.count].split([task.count - task.count // 6, task.count // 6])
     binary = task.likelihood == "bernoulli"
     generator = torch.Generator().manual_seed(0)
     held = [x[:EVALUATED] for x in (validation, dataset.test)]
     held = [torch.bernoulli(x, generator=generator) if binary else x for x in held]
-    return Parts(fit, *held, binary)
+    return Parts(fit, held[0], held[1], binary)
 
 
 def run(task: Task, parts: Parts, constant: float, seed: int) -> dict[str, Any]:
@@ -147,6 +146,7 @@ def sweep(data_root: str | None, seeds: Sequence[int]) -> dict[str, Any]:
             raise SystemExit(f"{path}: {name!r} was run with other settings; remove it from there to run it anew")
         done = {(run["L"], run["seed"]) for run in record["runs"]}
         parts = load(task, data_root)
+        record["advice"] = advised(task, parts.fit)
         for seed in seeds:
             for constant in task.constants:
                 if (constant, seed) in done:
@@ -155,7 +155,88 @@ def sweep(data_root: str | None, seeds: Sequence[int]) -> dict[str, Any]:
                 write(NAME, {**provenance(), "decoder": str(DECODER), **result})
                 test = record["runs"][-1]["test"]
                 print(f"{name}: L = {constant:g}, NLL {test['nll']:.2f}, gain {test['gain']:.2f}", flush=True)
+    write(NAME, {**provenance(), "decoder": str(DECODER), **result})
     return result
+
+
+def advised(task: Task, x: Tensor) -> dict[str, Any]:
+    """The advice on the data that a task trains on, and what it expects each constant to force and to cost."""
+    likelihood = LIKELIHOODS[task.likelihood](**task.likelihood_options)
+    advice = il.advise(x, task.latent_dim, likelihood)
+    return {
+        "text": str(advice),
+        **{name: getattr(advice, name) for name in ("L", "low", "high", "idle", "payable", "gain")},
+        "forced": [advice.forced(constant) for constant in task.constants],
+        "cost": [advice.cost(constant) for constant in task.constants],
+    }
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """NLL, gain, KL and MI on test data against L, the advice shaded; L = 0 is a dotted line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = {name: record for name, record in result["tasks"].items() if record["runs"]}
+    with plt.rc_context(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    ):
+        figure, axes = plt.subplots(
+            2, len(tasks), figsize=(3.3 * len(tasks), 5.4), squeeze=False, sharex="col", layout="constrained"
+        )
+        for (upper, lower), (name, record) in zip(axes.T, tasks.items(), strict=True):
+            advice = record["advice"]
+            means = _means(record["runs"])
+            constants = [constant for constant in means if constant > 0]
+            for axis, column, colour, label in (
+                (upper, "nll", "#4a7fb5", "NLL"),
+                (lower, "gain", "#2f8f5b", "gain of the ELBO over ignoring z"),
+                (lower, "kl", "#b8bcc4", "KL"),
+                (lower, "mutual_information", "#d97706", "MI of x and z"),
+            ):
+                axis.plot(constants, [means[c][column] for c in constants], "o-", ms=3.5, color=colour, label=label)
+                if 0 in means and column != "kl":
+                    axis.axhline(means[0][column], color=colour, linestyle=":", linewidth=1.2)
+            if 0 in means:
+                lower.plot([], [], "k:", label="the same at L = 0")
+                expected = [
+                    means[0]["nll"] + f
+                    for c, f in zip(record["task"]["constants"], advice["forced"], strict=True)
+                    if c in constants
+                ]
+                upper.plot(constants, expected, "x", color="#c1432e", ms=5, label="L = 0, and what L forces")
+            upper.axhline(means[constants[0]]["ignoring"], color="#333333", linestyle="--", label="a model ignoring z")
+            lower.axhline(0, color="#333333", linestyle="--", linewidth=1)
+            for axis in (upper, lower):
+                if advice["low"] < advice["high"]:
+                    axis.axvspan(
+                        advice["low"], advice["high"], color="#2f8f5b", alpha=0.15, lw=0, label="range advised"
+                    )
+                axis.axvline(advice["L"], color="#2f8f5b", label="recommended L")
+                axis.set_xscale("log")
+            best = min(means[c]["nll"] for c in means)
+            span = max(means[c]["nll"] for c in means) - best
+            upper.set_ylim(best - 0.1 * span, best + 1.15 * span)
+            upper.set_title(name.replace(", ", "\n", 1), fontsize=9)
+            lower.set_xlabel("certified constant L")
+        axes[0, 0].set_ylabel("test data, nats")
+        axes[1, 0].set_ylabel("test data, nats")
+        handles = {label: h for axis in axes[:, -1] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles |= {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=130)
+        plt.close(figure)
+    write_atomically(path, content.getvalue())
+
+
+def _means(runs: Sequence[dict[str, Any]]) -> dict[float, dict[str, float]]:
+    """Test measures for each constant, ascending, the means of the seeds."""
+    grouped: dict[float, list[dict[str, float]]] = {}
+    for one in sorted(runs, key=lambda r: r["L"]):
+        grouped.setdefault(one["L"], []).append(one["test"])
+    return {c: {k: sum(t[k] for t in tests) / len(tests) for k in tests[0]} for c, tests in grouped.items()}
 
 
 def main() -> None:
@@ -167,6 +248,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.draw:
         sweep(arguments.data_root, arguments.seed or [0])
+    picture = RESULTS / f"{NAME}.png"
+    draw(json.loads((RESULTS / f"{NAME}.json").read_text()), picture)
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ _ROWS, _WIDTH, _VALUES = 10000, 1024, 2**24  # data looked at; fewer of them if 
 # one unit of z move f by more than 4.
 _LEAST_INFORMATION = 1 / 16
 _NOTICEABLE = 0.1  # nats forced in all latents, below which a guarantee says nothing that one can measure
-_RECOMMENDED, _HARMFUL = 0.025, 0.1  # nats forced, as parts of the gain; chosen by benchmarks/advice.py
+# (nats forced, as a part of the gain; L, as a part of the data's spread): chosen by benchmarks/advice.py
+_RECOMMENDED, _HARMFUL = (1 / 40, 1 / 4), (1 / 10, 1 / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,10 @@ class Advice:
     Constants are certified products ``L1 L2 sigma_min(B)`` of a decoder, in units of its output f for a unit of z:
     units of the data for a Gaussian, logits for Bernoulli and categorical, log rates for counts.
 
-    L: recommended. low: below it the guarantee is too weak to notice (0.1 nats in all latents). high: above it what L
-    forces the latents to carry is more than a tenth of the gain. ``low > high``: the data pay too little for so many
-    latents, and no L is both. idle: the largest constant that the best linear decoder keeps anyway; 0 if it has fewer
+    L: recommended. low: below it the guarantee is too weak to notice (0.1 nats in all latents). high: above it the fit
+    is likely to suffer, for L forces the latents to carry a tenth of the gain, or the outputs to spread half as far as
+    those of the best linear decoder. ``low > high``: the data pay too little for so many latents, and no L is both
+    felt and harmless. idle: the largest constant that the best linear decoder keeps anyway; 0 if it has fewer
     latents than ``latent_dim``.
 
     payable: latents that pay, the leading principal deviations above the noise. deviations: of the data along its
@@ -150,8 +152,8 @@ class Advice:
             ]
             if self.low <= self.high:
                 text.append(
-                    f"Below L = {self.low:.3g} the guarantee is too weak to notice; above {self.high:.3g} z has to "
-                    "carry more than a tenth of the gain, and the fit is likely to suffer."
+                    f"Below L = {self.low:.3g} the guarantee is too weak to notice; above {self.high:.3g} the fit is "
+                    "likely to suffer."
                 )
             else:
                 text.append(
@@ -246,7 +248,10 @@ def advise(x: Tensor, latent_dim: int, likelihood: str | Likelihood) -> Advice:
 
     A floor L makes a linear decoder carry ``1/2 log det(I + L^2 Q^T F Q)`` nats in z, Q the directions of W: the most
     that it can cost. That decides: 0.1 nats are ``low``, a tenth of the gain is ``high``, and recommended is a
-    fortieth, or ``low`` if that is more and ``high`` allows it. With no gain at all ``low`` is recommended.
+    fortieth, or ``low`` if that is more and ``high`` allows it. With no gain at all ``low`` is recommended. Where the
+    noise is so small that this says little, the spread decides: the outputs of any decoder with this constant have a
+    total variance of at least ``m L^2``, those of W have ``|W|^2``; ``high`` is at most half of ``|W| / sqrt(m)``,
+    L a quarter.
 
     Where the likelihood saturates (a pixel that is never on), F is nearly 0 and f could move at no cost: the bound
     would guarantee a distance and no information. Hence F is taken as at least 1/16 where it depends on f, so that one
@@ -285,8 +290,9 @@ def advise(x: Tensor, latent_dim: int, likelihood: str | Likelihood) -> Advice:
     )
     gain = max(0.0, -decoder.loss(0.0))
     noise = information[0].rsqrt().item() if isinstance(likelihood, Gaussian) else 1.0
-    low, high = (_solve(decoder, nats) for nats in (_NOTICEABLE, _HARMFUL * gain))
-    wanted = _solve(decoder, _RECOMMENDED * gain)
+    spread = decoder.singular_values.square().mean().sqrt().item()
+    low = _solve(decoder, _NOTICEABLE)
+    wanted, high = (min(_solve(decoder, a * gain), b * spread) for a, b in (_RECOMMENDED, _HARMFUL))
     return Advice(
         L=min(high, max(low, wanted)) if gain > 0 else low, low=low, high=high, idle=decoder.singular_values[-1].item(),
         latent_dim=latent_dim, likelihood=type(likelihood).__name__, payable=payable,
@@ -375,7 +381,7 @@ def _solve(decoder: LinearDecoder, nats: float) -> float:
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (low, middle) if _forced(spectrum, middle) > nats else (middle, high)
-    return math.exp(low / 2)
+    return math.exp(min(low / 2, 700.0))
 
 
 def _number(L: float) -> float:

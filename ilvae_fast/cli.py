@@ -127,8 +127,9 @@ def train(
     from .training import train as run
 
     settings = _config(
-        config, assignments, cpu, data=data, data_root=data_root, model=model, L=_constant(constant), latent_dim=latent_dim,
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, output=output,
+        config, assignments, cpu, data=data, data_root=data_root, model=model, L=_constant(constant),
+        latent_dim=latent_dim, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        output=output,
     )  # fmt: skip
     with _progress(str(settings.folder)) as progress:
         measures = run(settings, progress, restart)
@@ -152,7 +153,7 @@ def advise(
     `ilvae-fast advise --data digits --latent-dim 5 --set model_options.likelihood=gaussian
     --set model_options.likelihood_options.scale=0.2 --picture advice.png`
 
-    Data, likelihood and latents are those that `train` takes with the same options; `train --L auto` follows the advice.
+    Data, likelihood and latents are those of `train` with the same options; `train --L auto` follows the advice.
     """
     from .training import advice_for, load_dataset
 
@@ -263,7 +264,7 @@ def sweep(
         config, assignments, cpu, data=data, data_root=data_root, model=model, latent_dim=latent_dim, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
-    grid = [_constant(c) for c in constants or ([] if settings.L is None else [settings.L])]
+    grid = [_constant(c) for c in constants] if constants else [] if settings.L is None else [settings.L]
     with _progress("") as progress:
         rows = run(settings, grid, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
     if _is_main():
