@@ -174,6 +174,7 @@ def advised(task: Task, x: Tensor) -> dict[str, Any]:
 def draw(result: dict[str, Any], path: Path) -> None:
     """NLL, gain, KL and MI on test data against L, the advice shaded; L = 0 is a dotted line."""
     import matplotlib as mpl
+    import matplotlib.ticker
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -215,6 +216,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                     )
                 axis.axvline(advice["L"], color="#2f8f5b", label="recommended L")
                 axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
             best = min(means[c]["nll"] for c in means)
             span = max(means[c]["nll"] for c in means) - best
             upper.set_ylim(best - 0.1 * span, best + 1.15 * span)

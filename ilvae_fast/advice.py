@@ -147,8 +147,8 @@ class Advice:
                 f"{k} {deviations} {noise} ({listed}{unit}{after}): the data can pay for {_latents(k)}.",
                 f"With {_latents(m)} the best linear decoder gains {self.gain:.3g} nats for each datum over one that "
                 "ignores z.",
-                f"Recommended: L = {self.L:.3g}. It forces z to carry {self.forced(self.L):.2g} nats, which cost the "
-                f"linear decoder {max(0.0, self.cost(self.L)):.2g}.",
+                f"Recommended: L = {self.L:.3g}. It forces z to carry {self.forced(self.L):.2g} nats, and costs the "
+                f"best linear decoder {max(0.0, self.cost(self.L)):.2g} nats.",
             ]
             if self.low <= self.high:
                 text.append(
@@ -202,16 +202,17 @@ class Advice:
             xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=_RED,
         )  # fmt: skip
         axis.axvline(self.latent_dim + 0.5, color=_INK, linestyle=":", linewidth=1.2, label="latents asked for")
+        axis.set_ylim(0, 1.35 * max(self.noise, *shown))
         axis.set(xlabel="principal direction", ylabel="deviation" + (" of the data" if gaussian else " / noise"))
         axis.set_title("What the data can pay for", fontsize=10)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper right")
 
     def _draw_constants(self, axis: Any) -> None:
         marks = [value for value in (self.L, self.low, self.high) if value > 0]
         least, most = min(marks) / 8, max(marks) * 8
         grid = [least * (most / least) ** (i / 200) for i in range(201)]
         for label, colour, nats in (
-            ("forced into z: the most that L can cost", _BLUE, self.forced),
+            ("forced into z, which L may cost", _BLUE, self.forced),
             ("cost to the best linear decoder", _AMBER, self.cost),
         ):
             axis.plot(grid, [nats(L) for L in grid], color=colour, label=label)
@@ -247,11 +248,11 @@ def advise(x: Tensor, latent_dim: int, likelihood: str | Likelihood) -> Advice:
     the others, so that chance does not pay for a latent.
 
     A floor L makes a linear decoder carry ``1/2 log det(I + L^2 Q^T F Q)`` nats in z, Q the directions of W: the most
-    that it can cost. That decides: 0.1 nats are ``low``, a tenth of the gain is ``high``, and recommended is a
-    fortieth, or ``low`` if that is more and ``high`` allows it. With no gain at all ``low`` is recommended. Where the
-    noise is so small that this says little, the spread decides: the outputs of any decoder with this constant have a
-    total variance of at least ``m L^2``, those of W have ``|W|^2``; ``high`` is at most half of ``|W| / sqrt(m)``,
-    L a quarter.
+    that it can cost such a decoder, and about what it costs a nonlinear one. That decides: 0.1 nats are ``low``, a
+    tenth of the gain is ``high``, and recommended is a fortieth, or ``low`` if that is more and ``high`` allows it.
+    With no gain at all ``low`` is recommended. Where the noise is so small that this says little, the spread decides:
+    the outputs of any decoder with this constant have a total variance of at least ``m L^2``, those of W have
+    ``|W|^2``; ``high`` is at most half of ``|W| / sqrt(m)``, L a quarter.
 
     Where the likelihood saturates (a pixel that is never on), F is nearly 0 and f could move at no cost: the bound
     would guarantee a distance and no information. Hence F is taken as at least 1/16 where it depends on f, so that one
