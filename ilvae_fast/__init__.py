@@ -12,6 +12,8 @@ from ._backend import plan as plan
 from ._backend import use_backend as use_backend
 from ._version import __version__ as __version__
 from .activations import Activation as Activation
+from .advice import Advice as Advice
+from .advice import advise as advise
 from .decoder import BrenierDecoder as BrenierDecoder
 from .layers import BrenierMap as BrenierMap
 from .layers import Trained as Trained

@@ -60,9 +60,9 @@ DataRoot = Annotated[
     str | None, _field("data_root", "Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
 ]
 Model = Annotated[str | None, _field("model", f"{', '.join(CONFIGURATIONS)}.", "--model")]
-Constant = Annotated[
-    float | None, _field("L", "Certified inverse-Lipschitz constant of the decoder. Else the model's: 1 or 0.", "--L")
-]
+_L = """Certified inverse-Lipschitz constant of the decoder, the product L1 L2 sigma_min(B) of its maps and embedding;
+auto: what `ilvae-fast advise` recommends"""
+Constant = Annotated[str | None, _field("L", f"{_L}. Else the model's: 1 or 0.", "--L")]
 LatentDim = Annotated[int | None, _field("latent_dim", "Width of the latent space.")]
 Epochs = Annotated[int | None, _field("epochs", "Passes over the training data.")]
 BatchSize = Annotated[int | None, _field("batch_size", "Data in a step, of each process.")]
@@ -81,6 +81,14 @@ def _config(file: Path | None, assignments: Sequence[str] | None, cpu: bool = Fa
     config = TrainConfig() if file is None else TrainConfig.from_yaml(file)
     given = {name: value for name, value in fields.items() if value is not None}
     return replace(config, **given, cpu=cpu or config.cpu).updated(assignments or ())
+
+
+def _constant(value: Any) -> Any:
+    """``--L``: a number, or a text, which the configuration knows or refuses."""
+    try:
+        return value if value is None else float(value)
+    except ValueError:
+        return value
 
 
 @app.command(epilog=_FIELDS)
@@ -119,14 +127,42 @@ def train(
     from .training import train as run
 
     settings = _config(
-        config, assignments, cpu, data=data, data_root=data_root, model=model, L=constant, latent_dim=latent_dim,
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed, output=output,
+        config, assignments, cpu, data=data, data_root=data_root, model=model, L=_constant(constant),
+        latent_dim=latent_dim, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        output=output,
     )  # fmt: skip
     with _progress(str(settings.folder)) as progress:
         measures = run(settings, progress, restart)
     if _is_main():
         _show([(settings.folder.name, measures)])
         _console().print(f"in {settings.folder}", highlight=False)
+
+
+@app.command(epilog=_FIELDS)
+def advise(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    picture: Annotated[Path | None, typer.Option(help="Image file to draw it in.")] = None,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Say which L suits the data: how many latents they pay for, and what L forces and costs.
+
+    `ilvae-fast advise --data digits --latent-dim 5 --set model_options.likelihood=gaussian
+    --set model_options.likelihood_options.scale=0.2 --picture advice.png`
+
+    Data, likelihood and latents are those of `train` with the same options; `train --L auto` follows the advice.
+    """
+    from .training import advice_for, load_dataset
+
+    settings = _config(config, assignments, data=data, data_root=data_root, model=model, latent_dim=latent_dim)
+    advice = advice_for(settings, load_dataset(settings))
+    print(advice)
+    if picture is not None:
+        advice.plot(picture)
+        print(picture)
 
 
 @app.command(name="eval", epilog=_MEASURES)
@@ -197,7 +233,7 @@ def sample(
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
     constants: Annotated[
-        list[float] | None, typer.Option("--L", help="Constants of the grid; once for each. Else the field L.")
+        list[str] | None, typer.Option("--L", help="Constants of the grid, or auto; once for each. Else the field L.")
     ] = None,
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each. Else the field seed.")
@@ -228,9 +264,9 @@ def sweep(
         config, assignments, cpu, data=data, data_root=data_root, model=model, latent_dim=latent_dim, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate,
     )  # fmt: skip
-    constants = constants or ([] if settings.L is None else [settings.L])
+    grid = [_constant(c) for c in constants] if constants else [] if settings.L is None else [settings.L]
     with _progress("") as progress:
-        rows = run(settings, constants, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
+        rows = run(settings, grid, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
     if _is_main():
         _show([(f"L={row['L']} seed={row['seed']}", row) for row in rows])
 

@@ -148,7 +148,7 @@ def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, argum
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "sample", "sweep", "report", "bench", "info"])
+@pytest.mark.parametrize("command", ["train", "advise", "eval", "sample", "sweep", "report", "bench", "info"])
 def test_help_of_each_command_says_what_it_does(capsys, command):
     assert "Usage" in run(capsys, command, "--help")
 

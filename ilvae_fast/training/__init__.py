@@ -8,6 +8,7 @@ measures = train(config)               # the command line's ``ilvae-fast train``
 """
 
 from .config import TrainConfig as TrainConfig
+from .config import advice_for as advice_for
 from .config import build_model as build_model
 from .config import load_dataset as load_dataset
 from .distributed import shard as shard

@@ -7,22 +7,25 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import data
 from .._errors import unknown_name
 from .._extras import require
-from .._options import check_names, check_number
+from .._options import build, check_names, check_number
 from ..activations import Activation
+from ..advice import Advice, advise
 from ..annealing import SCHEDULES, as_schedule
 from ..data import Dataset
 from ..layers import check_positive
 from ..nonneg import NonNegative
 from ..vae import CONFIGURATIONS, VAE, VAEConfig
+from ..vae.likelihoods import LIKELIHOODS, Likelihood
 
 PRECISIONS = ("no", "bf16", "fp16")
+AUTO = "auto"  # the L that suits the data
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a name") for name in ("data", "model", "precision")),
     *((name, str | None, "a path") for name in ("data_root", "output")),
@@ -40,7 +43,8 @@ class TrainConfig:
             options of the data set, such as ``{sigma: 7.5}``.
         model: a key of ``ilvae_fast.vae.CONFIGURATIONS``; latent_dim: m; model_options: fields of
             :class:`ilvae_fast.vae.VAEConfig` to set besides or instead, such as ``{likelihood: gaussian}``.
-        L: certified inverse-Lipschitz constant of a Brenier decoder, split evenly over its two maps; None: the model's.
+        L: certified inverse-Lipschitz constant ``L1 L2 sigma_min(B)`` of a Brenier decoder, split evenly over its two
+            maps; ``"auto"``: what :func:`ilvae_fast.advise` recommends for the training data; None: the model's.
         annealing: schedules by name, ``L1``, ``L2`` and ``kl_weight`` (:class:`ilvae_fast.annealing.Annealer`).
         epochs, batch_size: of training; the batch of each process. What does not fill a batch waits for another epoch.
         accumulation: micro-batches that a batch is cut into, to save memory. A moving variance (``optimal``) moves once
@@ -66,7 +70,7 @@ class TrainConfig:
     model: str = "il-lidvae"
     latent_dim: int = 10
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    L: float | None = None
+    L: float | str | None = None
     annealing: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 128
@@ -102,7 +106,9 @@ class TrainConfig:
             check_number(name, getattr(self, name), above=True)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, above=True)
-        if self.L is not None:
+        if isinstance(self.L, str) and self.L != AUTO:
+            raise ValueError(f"L: got {self.L!r}, wanted a finite number >= 0 or {AUTO!r}")
+        if self.L is not None and self.L != AUTO:
             check_number("L", self.L)
         for name in ("warmup_steps", "seed"):
             check_number(name, getattr(self, name), whole=True)
@@ -130,7 +136,7 @@ class TrainConfig:
         if self.output is not None:
             return Path(self.output)
         name = self.data.replace(":", "-").replace(os.sep, "-")
-        constant = "" if self.L is None else f"-L{self.L:g}"
+        constant = "" if self.L is None else f"-{constant_name(self.L)}"
         return Path("runs") / f"{name}-{self.model}{constant}-seed{self.seed}"
 
     @classmethod
@@ -226,18 +232,23 @@ def load_dataset(config: TrainConfig) -> Dataset:
     return data.load(config.data, config.data_root, **config.data_options)
 
 
+def constant_name(L: float | str) -> str:
+    """L in the names of folders."""
+    return f"L{L}" if isinstance(L, str) else f"L{L:g}"
+
+
 def takes_constant(config: TrainConfig) -> bool:
     """Whether the decoder is one whose certified constant ``L`` sets."""
     return {**CONFIGURATIONS[config.model], **config.model_options}["decoder"] == "brenier"
 
 
-def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
-    """The model of a run, sized for its data.
+def model_config(config: TrainConfig, dataset: Dataset) -> VAEConfig:
+    """The configuration of the model of a run, sized for its data; an L of ``"auto"`` has to be resolved before.
 
     Unless ``model_options`` say otherwise tokens are categorical, images in [0, 1] Bernoulli, other numbers Gaussian.
 
     Raises:
-        ValueError, TypeError: naming the field; data that are no values of the likelihood asked for.
+        ValueError, TypeError: naming the field.
     """
     fields: dict[str, Any] = {"data_dim": dataset.train.shape[1], "latent_dim": config.latent_dim}
     autoregressive = "autoregressive_hidden" in CONFIGURATIONS[config.model]
@@ -257,11 +268,49 @@ def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
     if config.L is not None:
         if not takes_constant(config):
             raise ValueError(f"L: got {config.L} for {config.model!r}, whose decoder has no such constant")
+        if isinstance(config.L, str):
+            raise ValueError(f"L: got {config.L!r}, wanted a number here: resolved(config, dataset) finds it")
         fields["inverse_lipschitz"] = math.sqrt(config.L)
-    model = VAE(VAEConfig.named(config.model, **{**fields, **config.model_options}))
+    return VAEConfig.named(config.model, **{**fields, **config.model_options})
+
+
+def advice_for(config: TrainConfig, dataset: Dataset) -> Advice:
+    """What :func:`ilvae_fast.advise` says about the training data of a run, with its likelihood and latents.
+
+    Raises:
+        ValueError, TypeError: naming the field; data that are no values of the likelihood asked for.
+    """
+    fields = model_config(replace(config, L=None), dataset)
+    likelihood = build("likelihood_options", LIKELIHOODS[fields.likelihood], fields.likelihood_options)
+    _check_data(config, dataset, likelihood)
+    return advise(dataset.train, config.latent_dim, likelihood)
+
+
+def resolved(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """``config`` with a number in the place of an L of ``"auto"``: the advice's, to three digits.
+
+    Raises:
+        ValueError, TypeError: as :func:`advice_for`; for a model without such a constant.
+    """
+    if config.L != AUTO or not takes_constant(config):  # model_config says what is wrong with the latter
+        return config
+    return replace(config, L=float(f"{advice_for(config, dataset).L:.3g}"))
+
+
+def build_model(config: TrainConfig, dataset: Dataset) -> VAE:
+    """The model of a run: that of :func:`model_config`, an L of ``"auto"`` :func:`resolved`.
+
+    Raises:
+        ValueError, TypeError: naming the field; data that are no values of the likelihood asked for.
+    """
+    model = VAE(model_config(resolved(config, dataset), dataset))
+    _check_data(config, dataset, model.likelihood)
+    return model
+
+
+def _check_data(config: TrainConfig, dataset: Dataset, likelihood: Likelihood) -> None:
     for part in (dataset.train, dataset.test):
         try:
-            model.likelihood.check(part)
+            likelihood.check(part)
         except ValueError as error:
             raise ValueError(f"data: {config.data}: {error}") from None
-    return model

@@ -23,7 +23,7 @@ from ..annealing import Annealer
 from ..layers import accept_constants
 from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
-from .config import TrainConfig, build_model, differences, load_dataset
+from .config import TrainConfig, build_model, differences, load_dataset, resolved
 from .distributed import check_fsdp_version, gathered, shard, shard_options, whole
 from .evaluation import check_test_data, evaluate
 
@@ -142,7 +142,10 @@ def _train(
 
     # the same weights in all processes, then noise of their own, from a seed whose stream was not the weights'
     set_seed(config.seed)
-    plain = build_model(config, dataset)
+    settled = resolved(config, dataset)
+    if settled is not config:
+        accelerator.print(f"L = {settled.L:g} by the advice for these data; ilvae-fast advise explains it")
+    plain = build_model(settled, dataset)
     set_seed(int(torch.randint(2**31, ())), device_specific=True)
     if sharding is not None:
         shard(plain, **sharding)

@@ -12,13 +12,13 @@ from typing import Any
 
 from .._extras import require
 from .._files import write_atomically
-from .config import TrainConfig, takes_constant
+from .config import TrainConfig, constant_name, takes_constant
 from .loop import Progress, train
 
 
 def sweep(
     config: TrainConfig,
-    constants: Sequence[float],
+    constants: Sequence[float | str],
     seeds: Sequence[int],
     folder: Path,
     on_run: Callable[[TrainConfig], Progress | None] | None = None,
@@ -26,14 +26,14 @@ def sweep(
     """Train ``config`` for every L and seed; what is finished is skipped, what was interrupted goes on.
 
     Args:
-        constants: certified constants L; models without one take an empty sequence.
+        constants: certified constants L, ``"auto"`` among them; models without one take an empty sequence.
         folder: of the sweep, with one folder for each run and a table of all, those of earlier sweeps too, as
             ``sweep.csv`` and ``sweep.json``.
         on_run: called before each run; what it returns is that run's progress.
 
     Returns:
-        One row for each run of this grid: model, L, seed and the measures that are single numbers, with not_finite and
-        warnings.
+        One row for each run of this grid: model, L (as asked for), seed and the measures that are single numbers, with
+        not_finite and warnings.
 
     Raises:
         ValueError: constants for a model that has none, or none for one that has.
@@ -41,10 +41,10 @@ def sweep(
     if takes_constant(config) and "inverse_lipschitz" not in config.model_options and not constants:
         raise ValueError(f"L: got none, wanted at least one for {config.model!r}")
     rows: list[dict[str, Any]] = []
-    grid: list[float | None] = [*constants] if constants else [None]
+    grid: list[float | str | None] = [*constants] if constants else [None]
     for constant in grid:
         for seed in seeds:
-            name = f"seed{seed}" if constant is None else f"L{constant:g}-seed{seed}"
+            name = f"seed{seed}" if constant is None else f"{constant_name(constant)}-seed{seed}"
             run = replace(config, L=constant, seed=seed, output=str(folder / name))
             measures = train(run, None if on_run is None else on_run(run))
             remarks = ("not_finite", "warnings")

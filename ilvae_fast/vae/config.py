@@ -101,7 +101,9 @@ class VAEConfig:
         encoder_hidden: widths of the encoder's hidden layers; channels of its stages for ``"conv"``.
         data_shape: of an image, (height, width) or (channels, height, width), for ``"conv"``.
         decoder: a key of ``DECODERS``: ``"mlp"`` or ``"brenier"``.
-        inverse_lipschitz: L1 and L2 of a Brenier decoder, a pair or one value for both, >= 0.
+        inverse_lipschitz: L1 and L2 of a Brenier decoder, a pair or one value for both, >= 0. Each is that of one map:
+            ``--L`` and :func:`ilvae_fast.advise` speak of the certified product ``L = L1 L2 sigma_min(B)``, for which
+            each is sqrt(L), unless the embedding B is ``"full_rank"``.
         embedding: ``"identity"``, ``"orthogonal"`` or ``"full_rank"`` (:class:`ilvae_fast.BrenierDecoder`).
         decoder_hidden: widths of the MLP's hidden layers, or a pair of those of the Brenier maps; None: (128, 128), or
             the default of :class:`ilvae_fast.BrenierDecoder`.
