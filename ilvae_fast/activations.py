@@ -97,6 +97,9 @@ class Activation:
         """The number the compiled kernels know this activation by."""
         return _TABLE[self.name].code
 
+    def __str__(self) -> str:
+        return f"il.Activation({self.name!r}, {self.parameter:g})"
+
     @property
     def monotone(self) -> bool:
         """Whether the function is non-decreasing, as every layer but the first needs."""

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._errors import unknown_name
 from ._extras import require
 from ._files import write_atomically
-from ._options import build, check_number
+from ._options import check_number
 from .layers import check_positive
-from .vae.likelihoods import LIKELIHOODS, Categorical, Gaussian, Likelihood
+from .vae.likelihoods import Categorical, Gaussian, Likelihood, as_likelihood
 
 _ROWS, _WIDTH, _VALUES = 10000, 1024, 2**24  # data looked at; fewer of them if they are wide; values of them in all
 # Where the information depends on f, f has a scale of its own (logits, log rates: a step of 1 changes odds or rates by
@@ -270,7 +269,7 @@ def advise(x: Tensor, latent_dim: int, likelihood: str | Likelihood) -> Advice:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    likelihood = _likelihood(likelihood)
+    likelihood = copy.deepcopy(as_likelihood(likelihood)).cpu()
     check_positive("latent_dim", latent_dim)
     _check(x, latent_dim, likelihood)
     available, width = len(x), x.shape[1] * likelihood.parameters_per_value
@@ -300,16 +299,6 @@ def advise(x: Tensor, latent_dim: int, likelihood: str | Likelihood) -> Advice:
         deviations=tuple((noise * variances.clamp(min=0).sqrt()).tolist()), noise=noise, gain=gain, used=len(x),
         available=available, decoder=decoder,
     )  # fmt: skip
-
-
-def _likelihood(likelihood: str | Likelihood) -> Likelihood:
-    if isinstance(likelihood, Likelihood):
-        return copy.deepcopy(likelihood).cpu()
-    if not isinstance(likelihood, str):
-        raise TypeError(f"likelihood: got {likelihood!r}, wanted a name or an object of ilvae_fast.vae.likelihoods")
-    if likelihood not in LIKELIHOODS:
-        raise unknown_name("likelihood", likelihood, LIKELIHOODS)
-    return build(f"likelihood {likelihood!r}, pass an object with its options", LIKELIHOODS[likelihood], {})
 
 
 def _check(x: Any, latent_dim: int, likelihood: Likelihood) -> None:

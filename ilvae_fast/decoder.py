@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ._errors import unknown_name
 from .layers import (
+    VERSION,
     BrenierMap,
     check_input,
     check_positive,
@@ -21,6 +22,9 @@ from .layers import (
     stacked_tangents,
     warn_of_other_constants,
 )
+
+if TYPE_CHECKING:
+    from .vae.likelihoods import Likelihood
 
 EMBEDDINGS = ("identity", "orthogonal", "full_rank")
 # options of both maps: those of BrenierMap that are not the decoder's own
@@ -50,9 +54,13 @@ class BrenierDecoder(nn.Module):
         data_dim: D >= m; may be left out where ``data_shape`` is given.
         hidden_features: widths of the hidden layers of T1 and of T2.
         inverse_lipschitz: L1 and L2, a pair or one value for both; each as in :class:`BrenierMap`.
-        embedding: B. ``"identity"``: the first m coordinates, never formed. ``"orthogonal"``: trained, with
-            orthonormal columns by parametrisation. ``"full_rank"``: free and trained; sigma_min(B) is recomputed for
-            the bound and may decay.
+        embedding: B. ``"orthogonal"``: trained, with orthonormal columns by parametrisation. ``"full_rank"``: free and
+            trained; sigma_min(B) is recomputed for the bound and may decay. ``"identity"``: the first m coordinates,
+            never formed. Then these m outputs have to move as far as the guarantee asks, be they blank pixels, and for
+            others to move further the map must bend: dT2/dx is positive semi-definite, so that
+            ``|h_ij| <= sqrt(h_ii h_jj)``.
+        initialization: of the two maps, as for :class:`BrenierMap`, by default ``"random"`` and ``"sparse"``. Given
+            data, :meth:`initialize` makes a better start.
         data_shape: of one datum, such as (1, 28, 28): what the decoder returns. By default (D,). Sizes may be any
             integers, NumPy's too.
         device, dtype and further options: those of :class:`BrenierMap`, each single or a pair.
@@ -71,7 +79,7 @@ class BrenierDecoder(nn.Module):
         hidden_features: Sequence[Sequence[int]] = ((128, 128), (512, 512)),
         *,
         inverse_lipschitz: Any = (1.0, 1.0),
-        embedding: str = "identity",
+        embedding: str = "orthogonal",
         data_shape: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -110,6 +118,7 @@ class BrenierDecoder(nn.Module):
             if name not in MAP_OPTIONS:
                 raise TypeError(f"option of {unknown_name('BrenierDecoder', name, MAP_OPTIONS)}")
         self.embedding = embedding
+        options = {"initialization": ("random", "sparse"), **options}
         pairs = {name: _pair(name, value) for name, value in options.items()}
         pairs["inverse_lipschitz"] = _pair("inverse_lipschitz", inverse_lipschitz)
         maps = [
@@ -142,6 +151,28 @@ class BrenierDecoder(nn.Module):
         self.data_map.reset_parameters()
         self._reset_embedding()
 
+    @torch.no_grad()
+    def initialize(self, x: Tensor, likelihood: str | Likelihood) -> None:
+        """Start from the data: as the best model that ignores z, with B along the data's principal directions.
+
+        The mean of ``decoder(z)`` over the prior becomes ``likelihood.marginal(x)``, carried by the output's skip row
+        of T2; B (unless it is ``"identity"``) takes the principal directions of the scores ``d log p(x|z) / d f``
+        there. For a Gaussian these are the data's mean and principal directions. The deviations along them are not
+        matched: orthonormal columns carry none, and scaling T1's rows did not pay (``benchmarks/NOTES.md``). Other
+        weights stay. No random numbers are drawn: all processes of a run get the same.
+
+        Args:
+            x: training data (N, ...), flattened to the decoder's outputs as the likelihood takes them, or tokens where
+                the decoder's outputs are the logits of one. Of many data 10000, evenly spread, are looked at.
+            likelihood: a name in ``ilvae_fast.vae.LIKELIHOODS``, with its default options, or an object with its own.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        from .data_start import start_from_data_  # which knows likelihoods, as il.vae does, which knows decoders
+
+        start_from_data_(self, x, likelihood)
+
     @property
     def inverse_lipschitz(self) -> tuple[Tensor, Tensor]:
         """L1 and L2, each (1,). Assigning a pair, or one value for both, fills them in place."""
@@ -154,7 +185,27 @@ class BrenierDecoder(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         maps = {"latent_map": self.latent_map, "data_map": self.data_map}
         warn_of_other_constants({f"{prefix}{name}.inverse_lipschitz": m for name, m in maps.items()}, state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        metadata, strict, missing, unexpected, errors = rest
+        theirs = state_dict.get(prefix + "_extra_state")
+        theirs = None if theirs is None else EMBEDDINGS[int(torch.as_tensor(theirs)[1])]
+        if theirs is None and prefix + "latent_map.skip_weight" in state_dict:
+            # a state of an earlier version, whose default was the identity; of the others it does not say which
+            theirs = self.embedding if prefix + "raw_embedding" in state_dict else "identity"
+        if theirs is not None and theirs != self.embedding:
+            errors.append(
+                f"{prefix.rstrip('.') or 'BrenierDecoder'}: the state has embedding={theirs!r}, this decoder "
+                f"{self.embedding!r}: construct it with embedding={theirs!r}"
+            )
+        absent: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, absent, unexpected, errors)
+        missing.extend(key for key in absent if key != prefix + "_extra_state")
+
+    def get_extra_state(self) -> Tensor:
+        """The embedding, as a tensor, for files that hold nothing else: float64 [version, its place in EMBEDDINGS]."""
+        return torch.tensor([VERSION, EMBEDDINGS.index(self.embedding)], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: loading compares the embeddings."""
 
     def embedding_matrix(self) -> Tensor:
         """B (D, m) as it is applied, differentiable."""

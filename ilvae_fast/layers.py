@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from . import functional, inversion
 from ._backend import route_code
 from ._errors import unknown_name
-from .activations import Activation, as_activation, encode
+from .activations import Activation, as_activation, decode, encode
 from .identity_start import initialize_identity_
 from .initialization import initialize_
-from .nonneg import NonNegative, as_nonnegative
+from .nonneg import NonNegative, as_nonnegative, of_code
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,12 @@ class Trained:
         object.__setattr__(self, "nonneg", as_nonnegative(self.nonneg))
 
 
-INITIALIZATIONS = ("random", "identity")
+INITIALIZATIONS = ("random", "sparse", "identity")
+# Defaults by measurement (benchmarks/defaults.py); that an argument is this very object says that nobody chose it.
+ACTIVATION = Activation("softplus", 10.0)
+NONNEG = NonNegative("square")
+# Of a state. 1, which states do not say: the defaults were softplus with beta 1, for the activation and for nonneg.
+VERSION = 2
 
 
 def check_positive(argument: str, value: Any) -> int:
@@ -115,21 +120,26 @@ class BrenierMap(nn.Module):
     Args:
         in_features: d.
         hidden_features: widths n_1 .. n_K of the hidden layers, at most 55.
-        activation: of the hidden layers, a name or :class:`ilvae_fast.Activation`.
+        activation: of the hidden layers, a name or :class:`ilvae_fast.Activation`. The default is nearly a ``relu``
+            with a bend of width 1/10, where a plain ``"softplus"``, nearly a parabola, gives a nearly affine map.
         first_activation: of the first hidden layer, if another; convex, need not be monotone.
         output_activation: of the scalar output.
         nonneg: parametrisation of the non-negative weights, a name or :class:`ilvae_fast.NonNegative`.
         inverse_lipschitz: L. A float or a tensor with one element is a constant, kept in a buffer; assigning to the
             attribute fills it in place, which never recompiles. :class:`ilvae_fast.Trained` makes it a parameter.
-        initialization: ``"random"``, a map of sensible scale (:mod:`ilvae_fast.initialization`), or ``"identity"``,
-            one with ``T(x) ~ x`` for x of about unit variance, for transport (:mod:`ilvae_fast.identity_start`): it
-            needs at least d hidden units if L < 1; with L >= 1 it starts near ``L x``.
+        initialization: ``"random"``, a map of sensible scale, or ``"sparse"``, the same with its upper layers nearly
+            switched off, for inputs on a subspace as in a decoder (:mod:`ilvae_fast.initialization`); or
+            ``"identity"``, a map with ``T(x) ~ x`` for x of about unit variance, for transport
+            (:mod:`ilvae_fast.identity_start`): it needs at least d hidden units if L < 1; with L >= 1 it starts near
+            ``L x``.
         route, recompute: see :func:`ilvae_fast.plan`.
         validate: check parameters and inputs for NaN, infinity and sign at every call (synchronises with a GPU).
         device, dtype: of the parameters; L is kept at least in float32 whatever the layer's dtype.
 
     State: skip_weight (S+1, d), bias (S+1,), raw_weights.{0..K-1} [(n_2, n_1), .., (1, n_K)], inverse_lipschitz (1,)
-    (raw_inverse_lipschitz (1,) if trained).
+    (raw_inverse_lipschitz (1,) if trained), and _extra_state, which says what function they are the weights of. A state
+    of another function is refused, and one without it (written before there was one) unless activation and nonneg are
+    given.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -143,10 +153,10 @@ class BrenierMap(nn.Module):
         in_features: int,
         hidden_features: Sequence[int] = (128, 128),
         *,
-        activation: str | Activation = "softplus",
+        activation: str | Activation = ACTIVATION,
         first_activation: str | Activation | None = None,
         output_activation: str | Activation = "identity",
-        nonneg: str | NonNegative = "softplus",
+        nonneg: str | NonNegative = NONNEG,
         inverse_lipschitz: float | Tensor | Trained = 1.0,
         initialization: str = "random",
         route: str = "auto",
@@ -158,6 +168,9 @@ class BrenierMap(nn.Module):
         super().__init__()
         self.in_features = check_positive("in_features", in_features)
         self.hidden_features = check_widths("hidden_features", hidden_features)
+        self._unchosen = [name for name, is_default in (
+            ("activation", activation is ACTIVATION), ("nonneg", nonneg is NONNEG)
+        ) if is_default]  # fmt: skip
         hidden = as_activation(activation)
         first = hidden if first_activation is None else as_activation(first_activation, "first_activation")
         output = as_activation(output_activation, "output_activation")
@@ -213,7 +226,8 @@ class BrenierMap(nn.Module):
                 constant = self.inverse_lipschitz
                 initialize_identity_(self.skip_weight, self.bias, effective, self._activations.layers, constant)
             else:
-                initialize_(self.skip_weight, self.bias, effective, self._activations.layers)
+                sparse = self.initialization == "sparse"
+                initialize_(self.skip_weight, self.bias, effective, self._activations.layers, sparse=sparse)
             for raw, weight in zip(self.raw_weights, effective, strict=True):
                 raw.copy_(self.nonneg.raw(weight))
 
@@ -291,7 +305,12 @@ class BrenierMap(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
         warn_of_other_constants({f"{prefix}inverse_lipschitz": self}, state_dict)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+        strict, missing, unexpected, errors = rest
+        if (refusal := self._refusal(state_dict, prefix)) is not None:
+            errors.append(refusal)
+        absent: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, absent, unexpected, errors)
+        missing.extend(key for key in absent if key != prefix + "_extra_state")
         name, store = self._constant_slot()
         given = state_dict.get(prefix + name)
         if not metadata.get("assign_to_params_buffers") or given is None or name not in store:
@@ -301,6 +320,35 @@ class BrenierMap(nn.Module):
             self._buffers[name] = given.to(dtype)
         else:
             store[name].data = store[name].data.to(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """What function the weights are of, as a tensor, for files that hold nothing else: float64 [version, code and
+        parameter of nonneg, those of the K + 1 activations]."""
+        codes, parameters, _ = self._activations
+        described = [(self.nonneg.code, self.nonneg.parameter or 0.0), *zip(codes, parameters, strict=True)]
+        return torch.tensor([VERSION, *(n for pair in described for n in pair)], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: what :meth:`get_extra_state` describes is the constructor's choice, and loading compares them."""
+
+    def _refusal(self, state: Mapping[str, Any], prefix: str) -> str | None:
+        """Why the weights in ``state`` would be those of another function here."""
+        theirs, ours = state.get(prefix + "_extra_state"), self.get_extra_state()
+        name = prefix.rstrip(".") or type(self).__name__
+        if theirs is not None:
+            theirs = torch.as_tensor(theirs).detach().cpu().double()
+            if theirs.shape == ours.shape and torch.allclose(theirs[1:], ours[1:], rtol=1e-2, atol=1e-6):
+                return None
+            return f"{name}: the state is that of {_described(theirs)}; this map has {_described(ours)}"
+        # parameters alone, as of a moving average, say nothing about the version
+        whole = all(prefix + key in state for key in ("skip_weight", self._constant_slot()[0]))
+        if not whole or not self._unchosen:
+            return None
+        given = ", ".join(f"{argument}=.." for argument in self._unchosen)
+        return (
+            f"{name}: the state does not say what function it is of: it was written by an earlier version, whose "
+            f"defaults were others. Pass {given} as it was then (by default activation='softplus', nonneg='softplus')"
+        )
 
     def nonneg_weights(self) -> list[Tensor]:
         """The effective, non-negative weights [W_2, .., W_K, w] of the raw ones."""
@@ -385,6 +433,15 @@ class BrenierMap(nn.Module):
     def _constant_repr(self) -> str:
         constant = self.inverse_lipschitz
         return "meta" if constant.is_meta else f"{constant.item():g}"
+
+
+def _described(state: Tensor) -> str:
+    """In words, what :meth:`BrenierMap.get_extra_state` describes."""
+    pairs = [(int(code), float(parameter)) for code, parameter in state[1:].reshape(-1, 2)]
+    (code, parameter), *activations = pairs
+    nonneg = of_code(code, parameter)
+    layers = decode(*zip(*activations, strict=True)).layers
+    return f"nonneg={nonneg}, activations=({', '.join(map(str, layers))})"
 
 
 def stacked_tangents(jvp: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Parametrisations that keep a weight non-negative, and their inverses.
 
-To add one, add a row to ``_TABLE``.
+To add one, add a row at the end of ``_TABLE``: saved states know a parametrisation by its place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TABLE = {
     "exp": _Kind(lambda r, _: r.exp(), lambda e, _: e.log()),
     "clamp": _Kind(lambda r, p: r.clamp(min=p), lambda e, p: e.clamp(min=p), has_parameter=True),
     "abs": _Kind(lambda r, _: r.abs(), lambda e, _: e),
-    "square": _Kind(lambda r, _: r.square(), lambda e, _: e.sqrt()),
+    "square": _Kind(lambda r, _: r * r, lambda e, _: e.sqrt()),
     "none": _Kind(lambda r, _: r, lambda e, _: e),
 }
 
@@ -66,6 +66,14 @@ class NonNegative:
         if self.parameter is not None and not (math.isfinite(self.parameter) and self.parameter >= 0):
             raise ValueError(f"nonneg {self.name!r}: got minimum {self.parameter!r}, wanted a finite one >= 0")
 
+    def __str__(self) -> str:
+        return repr(self.name) if self.parameter is None else f"il.NonNegative({self.name!r}, {self.parameter:g})"
+
+    @property
+    def code(self) -> int:
+        """The number by which saved states know this parametrisation."""
+        return list(_TABLE).index(self.name)
+
     def __call__(self, raw: Tensor) -> Tensor:
         """The effective weight of ``raw`` (any shape), differentiable."""
         return self.of_all([raw])[0]
@@ -91,3 +99,9 @@ def as_nonnegative(value: str | NonNegative, argument: str = "nonneg") -> NonNeg
             raise unknown_name(argument, value, _TABLE)
         return NonNegative(value)
     raise TypeError(f"{argument}: got {type(value).__name__}, wanted a name or il.NonNegative")
+
+
+def of_code(code: int, parameter: float) -> NonNegative:
+    """The inverse of :attr:`NonNegative.code`."""
+    name = list(_TABLE)[code]
+    return NonNegative(name, parameter if _TABLE[name].has_parameter else None)

@@ -22,6 +22,7 @@ from ..data import Dataset
 from ..layers import check_positive
 from ..nonneg import NonNegative
 from ..vae import CONFIGURATIONS, VAE, VAEConfig
+from ..vae.config import FIRST_OPTIONS
 from ..vae.likelihoods import LIKELIHOODS, Likelihood
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -30,7 +31,7 @@ _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a name") for name in ("data", "model", "precision")),
     *((name, str | None, "a path") for name in ("data_root", "output")),
     *((name, Mapping, "a mapping of names to values") for name in ("data_options", "model_options", "annealing")),
-    ("cpu", bool, "true or false"),
+    *((name, bool, "true or false") for name in ("initialize", "cpu")),
 )
 
 
@@ -45,6 +46,7 @@ class TrainConfig:
             :class:`ilvae_fast.vae.VAEConfig` to set besides or instead, such as ``{likelihood: gaussian}``.
         L: certified inverse-Lipschitz constant ``L1 L2 sigma_min(B)`` of a Brenier decoder, split evenly over its two
             maps; ``"auto"``: what :func:`ilvae_fast.advise` recommends for the training data; None: the model's.
+        initialize: start a Brenier decoder from the training data (:meth:`ilvae_fast.BrenierDecoder.initialize`).
         annealing: schedules by name, ``L1``, ``L2`` and ``kl_weight`` (:class:`ilvae_fast.annealing.Annealer`).
         epochs, batch_size: of training; the batch of each process. What does not fill a batch waits for another epoch.
         accumulation: micro-batches that a batch is cut into, to save memory. A moving variance (``optimal``) moves once
@@ -71,6 +73,7 @@ class TrainConfig:
     latent_dim: int = 10
     model_options: Mapping[str, Any] = field(default_factory=dict)
     L: float | str | None = None
+    initialize: bool = True
     annealing: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 128
@@ -141,12 +144,19 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
-        """From plain values.
+        """From plain values. What an earlier version wrote, all fields but ``initialize``, keeps the defaults of then.
 
         Raises:
             ValueError: unknown name of a field, with the nearest one.
         """
-        check_names("field", fields, [f.name for f in dataclasses.fields(cls)])
+        names = [f.name for f in dataclasses.fields(cls)]
+        check_names("field", fields, names)
+        if set(names) - set(fields) == {"initialize"}:
+            options = dict(fields["model_options"])
+            if options.get("decoder", CONFIGURATIONS[fields["model"]]["decoder"]) == "brenier":
+                options = {"embedding": "identity", **options}
+                options["decoder_options"] = {**FIRST_OPTIONS, **options.get("decoder_options", {})}
+            fields = {**fields, "initialize": False, "model_options": options}
         return cls(**fields)
 
     @classmethod

@@ -146,6 +146,8 @@ def _train(
     if settled is not config:
         accelerator.print(f"L = {settled.L:g} by the advice for these data; ilvae-fast advise explains it")
     plain = build_model(settled, dataset)
+    if config.initialize and newest is None:
+        plain.initialize(dataset.train)
     set_seed(int(torch.randint(2**31, ())), device_specific=True)
     if sharding is not None:
         shard(plain, **sharding)

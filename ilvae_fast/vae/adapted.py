@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._errors import unknown_name
-from .._options import build
 from .distributions import DiagonalGaussian, Posterior, Prior, StandardNormal
-from .likelihoods import LIKELIHOODS, Likelihood
+from .likelihoods import Likelihood, as_likelihood
 from .model import ImportanceWeighted
 
 
@@ -46,12 +44,7 @@ def adapt(
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         if not callable(part):
             raise TypeError(f"{name}: got {type(part).__name__}, wanted something to call")
-    if isinstance(likelihood, str):
-        if likelihood not in LIKELIHOODS:
-            raise unknown_name("likelihood", likelihood, LIKELIHOODS)
-        likelihood = build("likelihood", LIKELIHOODS[likelihood], {})
-    elif not isinstance(likelihood, Likelihood):
-        raise TypeError(f"likelihood: got {type(likelihood).__name__}, wanted a name or a Likelihood")
+    likelihood = as_likelihood(likelihood)
     if isinstance(prior, str) and prior != "standard_normal":
         raise ValueError(f"prior: got {prior!r}, wanted 'standard_normal', or the object, which holds what it learnt")
     if not isinstance(prior, str | Prior | None):

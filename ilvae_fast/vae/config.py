@@ -13,7 +13,7 @@ from .._options import build, check_names, check_number
 from ..activations import Activation
 from ..decoder import EMBEDDINGS
 from ..functional import check_inverse_lipschitz
-from ..layers import check_positive
+from ..layers import VERSION, check_positive
 from ..nonneg import NonNegative
 from .decoders import DECODERS
 from .distributions import PRIORS
@@ -44,6 +44,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lidsvae": {**_LID, **_SEQUENCE},
     "il-lidsvae": {**_IL_LID, **_SEQUENCE},
 }
+
+
+# decoder_options that were the defaults in version 1
+FIRST_OPTIONS = {"activation": "softplus", "nonneg": "softplus", "initialization": "random"}
 
 
 def _tuples(value: Any) -> Any:
@@ -104,7 +108,7 @@ class VAEConfig:
         inverse_lipschitz: L1 and L2 of a Brenier decoder, a pair or one value for both, >= 0. Each is that of one map:
             ``--L`` and :func:`ilvae_fast.advise` speak of the certified product ``L = L1 L2 sigma_min(B)``, for which
             each is sqrt(L), unless the embedding B is ``"full_rank"``.
-        embedding: ``"identity"``, ``"orthogonal"`` or ``"full_rank"`` (:class:`ilvae_fast.BrenierDecoder`).
+        embedding: ``"orthogonal"``, ``"full_rank"`` or ``"identity"`` (:class:`ilvae_fast.BrenierDecoder`).
         decoder_hidden: widths of the MLP's hidden layers, or a pair of those of the Brenier maps; None: (128, 128), or
             the default of :class:`ilvae_fast.BrenierDecoder`.
         decoder_options: further options of :class:`ilvae_fast.BrenierDecoder`, such as ``{"activation": "celu"}``.
@@ -133,7 +137,7 @@ class VAEConfig:
     data_shape: tuple[int, ...] | None = None
     decoder: str = "brenier"
     inverse_lipschitz: tuple[float, float] = (1.0, 1.0)
-    embedding: str = "identity"
+    embedding: str = "orthogonal"
     decoder_hidden: tuple[int, ...] | tuple[tuple[int, ...], tuple[int, ...]] | None = None
     decoder_options: Mapping[str, Any] = field(default_factory=dict)
     autoregressive_hidden: int | None = None
@@ -197,12 +201,19 @@ class VAEConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> VAEConfig:
         """The inverse of :meth:`to_dict`; fields that are absent take their defaults.
 
+        What an earlier version wrote, all fields and no version, keeps the defaults of then.
+
         Raises:
             ValueError: unknown name of a field, with the nearest one.
         """
-        check_names("field", fields, [f.name for f in dataclasses.fields(cls)])
-        return cls(**fields)
+        names = [f.name for f in dataclasses.fields(cls)]
+        check_names("field", fields, [*names, "version"])
+        given = {name: value for name, value in fields.items() if name != "version"}
+        if "version" not in fields and set(names) <= set(given) and given["decoder"] == "brenier":
+            given["decoder_options"] = {**FIRST_OPTIONS, **given["decoder_options"]}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """The fields as JSON can hold them, and the version that wrote them, for defaults may change."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {**fields, "version": VERSION}

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from .._errors import unknown_name
-from .._options import check_number
+from .._options import build, check_number
 from ..layers import check_positive
 from ..ops import plain_softplus
 
@@ -506,3 +506,18 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "poisson": Poisson,
     "negative_binomial": NegativeBinomial,
 }
+
+
+def as_likelihood(value: str | Likelihood, argument: str = "likelihood") -> Likelihood:
+    """A name with default options, or an object with its own.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if isinstance(value, Likelihood):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}: got {type(value).__name__}, wanted a name or a Likelihood")
+    if value not in LIKELIHOODS:
+        raise unknown_name(argument, value, LIKELIHOODS)
+    return build(f"{argument} {value!r}, pass an object with its options", LIKELIHOODS[value], {})

@@ -17,6 +17,7 @@ from .._extras import require
 from .._files import write_atomically
 from .._options import build
 from ..decoder import BrenierDecoder
+from ..decoder import BrenierDecoder
 from ..layers import accept_constants, check_positive
 from .config import VAEConfig
 from .decoders import DECODERS
@@ -73,6 +74,15 @@ class ImportanceWeighted(nn.Module):
 
     prior: Prior
     likelihood: Likelihood
+
+    def initialize(self, x: Tensor) -> None:
+        """Start from training data x (N, D), before the first step: :meth:`ilvae_fast.BrenierDecoder.initialize`.
+
+        A decoder of another kind stays as it is. An autoregressive one passes its tokens on to its head.
+        """
+        decoder = self.decoder.head if isinstance(self.decoder, AutoregressiveDecoder) else self.decoder
+        if isinstance(decoder, BrenierDecoder):
+            decoder.initialize(x, self.likelihood)
 
     def inference(self, x: Tensor) -> Posterior:
         """The approximate posterior q(z|x)."""
