@@ -22,6 +22,9 @@ Step = Callable[[], list[Tensor]]
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
 
 
+MODULE = {"activation": "softplus", "nonneg": "softplus"}  # what peers have too
+
+
 @dataclass
 class Problem:
     """A softplus potential of width d on N rows; with ``latent`` the rows are z, injected by zero padding.
@@ -40,7 +43,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        layer = il.BrenierMap(self.width, self.hidden, dtype=torch.float64)
+        layer = il.BrenierMap(self.width, self.hidden, dtype=torch.float64, **MODULE)
         x = torch.randn(self.batch, self.latent or self.width, dtype=torch.float64)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         self.v = torch.randn(self.batch, self.width, dtype=torch.float64).to(**options)
@@ -102,7 +105,8 @@ def ours(problem: Problem, **options: Any) -> Step:
     """The public functional API, autograd included; with raw weights the module."""
     if not problem.raw:
         return _with_autograd(problem, partial(functional.brenier_map, **_options(problem, **options)))
-    layer = il.BrenierMap(problem.width, problem.hidden, dtype=problem.dtype, device=problem.device, **options)
+    options = {"dtype": problem.dtype, "device": problem.device, **MODULE, **options}
+    layer = il.BrenierMap(problem.width, problem.hidden, **options)
     parameters = [layer.skip_weight, layer.bias, *layer.raw_weights]
     with torch.no_grad():
         for ours, theirs in zip(parameters, problem.tensors[1:], strict=True):

@@ -66,6 +66,7 @@ def from_lidvae(state_dict: Mapping[str, Tensor], inverse_lipschitz: float) -> B
         first_activation=Activation("squared_leaky_relu", 0.2),
         output_activation=Activation("leaky_relu", 0.2),
         nonneg="exp",
+        embedding="identity",
         inverse_lipschitz=inverse_lipschitz,
         dtype=skips[0][0].dtype,
     )
