@@ -4,8 +4,9 @@
     python -m benchmarks.defaults --data-root DATA --only "MNIST 3000" --seed 0
     python -m benchmarks.defaults --table                     # the tables from the recorded runs alone
 
-Defaults are chosen on validation data, by the worst regret over tasks: what the loss exceeds the best set's by, as a part
-of the MLP's gain over a model that ignores the latent (of maps: the ratio of errors). Test data are for the report.
+Defaults are chosen on validation data, by the worst regret over tasks: what the loss exceeds the best set's by, as a
+part of the MLP's gain over a model that ignores the latent (of maps: the ratio of errors). Test data are for the
+report.
 Writes ``results/defaults.json`` after each run and ``results/defaults.md``.
 """
 
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ PAIRS = {"transport, d = 2": 2, "transport, d = 16": 16}  # of the Wasserstein-2
 
 @dataclass(frozen=True)
 class Decoder:
-    """A set of options: of :class:`ilvae_fast.vae.VAEConfig`, and of its decoder, besides or instead of the defaults."""
+    """Options of :class:`ilvae_fast.vae.VAEConfig`, and of its decoder, besides or instead of the defaults."""
 
     fields: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -185,7 +186,8 @@ def fit_map(name: str, variant: str, seed: int, data_root: str | None) -> dict[s
     torch.set_num_threads(1)
     width = PAIRS[name]
     pair = Pair(width, data_root)
-    hidden, result = ((64, 64), (128, 128))[width > 2], {}
+    hidden = (64, 64) if width == 2 else (128, 128)
+    result: dict[str, dict[str, float]] = {}
     for rate in (1e-3, 1e-2):
         torch.manual_seed(seed)
         x, held = pair.sample(20000), pair.sample(4096)
@@ -210,9 +212,12 @@ def fit_map(name: str, variant: str, seed: int, data_root: str | None) -> dict[s
     return result
 
 
-def jobs(seeds: Sequence[int], only: Sequence[str]) -> list[tuple[Callable[..., dict[str, Any]], str, str, int]]:
+Job: TypeAlias = "tuple[Callable[..., dict[str, Any]], str, str, int]"  # and task, variant, seed
+
+
+def jobs(seeds: Sequence[int], only: Sequence[str]) -> list[Job]:
     """All runs, the short ones and those with the first seed first."""
-    found: list[tuple[Callable[..., dict[str, Any]], str, str, int]] = []
+    found: list[Job] = []
     found += [(fit_map, name, variant, seed) for seed in seeds for name in PAIRS for variant in MAPS]
     found += [(fit_decoder, name, variant, seed) for seed in seeds for name in TASKS for variant in FINALISTS]
     rest = [variant for variant in DECODERS if variant not in FINALISTS]
@@ -232,7 +237,7 @@ def study(data_root: str | None, seeds: Sequence[int], only: Sequence[str], work
     result["tasks"] = {name: json.loads(json.dumps(vars(task), default=dict)) for name, task in TASKS.items()}
     origin, start = provenance(), time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(run, *job, data_root): job for run, *job in waiting}
+        running = {pool.submit(job[0], *job[1:], data_root): job[1:] for job in waiting}
         for done, future in enumerate(as_completed(running), 1):
             name, variant, seed = running[future]
             result["runs"][_key(name, variant, seed)] = {**future.result(), "commit": origin["commit"]}

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Task:
 
     data: name of the data set, or ``"words"``; its first ``count`` training data are fitted, those after them,
     ``validation`` many, are for choosing. constant: certified L; ``"auto"``: by advice. cosine: the learning rate falls
-    to 0. mlp: hidden widths of an MLP decoder with about as many parameters. binary: pixels are drawn anew in each step.
+    to 0. mlp: hidden widths of an MLP decoder with about as many parameters.
     """
 
     data: str
@@ -47,6 +48,7 @@ class Task:
 
     @property
     def binary(self) -> bool:
+        """Whether pixels are drawn anew in each step."""
         return self.likelihood == "bernoulli"
 
 
@@ -80,7 +82,7 @@ def _words(data_root: str | None, lines: int = 10, vocabulary: int = 200) -> tup
     """
     text = (Path(data_root or "data") / "tinyshakespeare" / "input.txt").read_text().lower()
     kept = [re.findall(r"[a-z']+", line) for line in text.splitlines() if line.strip()]
-    passages = [sum(kept[i : i + lines], []) for i in range(0, len(kept) - lines + 1, lines)]
+    passages = [list(chain(*kept[i : i + lines])) for i in range(0, len(kept) - lines + 1, lines)]
     order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(0)).tolist()
     passages = [passages[i] for i in order]
     held = len(passages) // 6

@@ -22,7 +22,7 @@ Step = Callable[[], list[Tensor]]
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
 
 
-MODULE = {"activation": "softplus", "nonneg": "softplus"}  # what peers have too
+MODULE: dict[str, Any] = {"activation": "softplus", "nonneg": "softplus"}  # what peers have too
 
 
 @dataclass

@@ -16,10 +16,10 @@ scale, inputs of a smaller one find the layer switched off, and the layers above
    identity. Without it that mean, ``sum_k E[D_k] A_k``, is most of T where d is large.
 4. Scale w such that T has variance 1 per coordinate, over x at these weights.
 
-*Sparse.* The second map of a decoder sees x = B z on a subspace of m << d dimensions, where skip terms have the standard
-deviation sqrt(m / d) instead of 1 and any network is nearly linear. Lowering the biases of the layers above the first
-by _OFFSET afterwards switches their units off there, but for those that training finds a use for: each becomes a gate
-for the layer below. T is then centred at x = 0. It fits images far better (``benchmarks/defaults.py``).
+*Sparse.* The second map of a decoder sees x = B z on a subspace of m << d dimensions, where skip terms have the
+standard deviation sqrt(m / d) instead of 1 and any network is nearly linear. Lowering the biases of the layers above
+the first by _OFFSET afterwards switches their units off there, but for those that training finds a use for: each
+becomes a gate for the layer below. T is then centred at x = 0. It fits images far better (``benchmarks/defaults.py``).
 
 The expectations are means over x ~ N(0, I_d), always the same rows, each with its negative (as LSUV; Mishkin & Matas,
 ICLR 2016, but for the gradient). Nothing is read back to the host.
@@ -119,9 +119,9 @@ def initialize_(
         scale = 1 / torch.where(spread > 1e-3 * size, spread, size).clamp(min=1e-12)
     weights[-1].mul_(scale)
     biases[-1].mul_(scale)
+    skip_weight[-1].copy_(-scale * mean)
     if sparse:
         for hidden_bias in biases[1:-1]:
             hidden_bias.sub_(_OFFSET)
         at_zero = _climb([b.float().unsqueeze(0) for b in biases], weights, hidden)
-        mean, scale = _map_of_unit_output(at_zero, rows, weights, hidden).squeeze(0), 1.0
-    skip_weight[-1].copy_(-scale * mean)
+        skip_weight[-1].copy_(-_map_of_unit_output(at_zero, rows, weights, hidden).squeeze(0))

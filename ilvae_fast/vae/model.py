@@ -17,7 +17,6 @@ from .._extras import require
 from .._files import write_atomically
 from .._options import build
 from ..decoder import BrenierDecoder
-from ..decoder import BrenierDecoder
 from ..layers import accept_constants, check_positive
 from .config import VAEConfig
 from .decoders import DECODERS
