@@ -14,10 +14,8 @@ from ._errors import unknown_name
 from .layers import (
     VERSION,
     BrenierMap,
-    check_input,
     check_positive,
     check_sizes,
-    check_tangent,
     check_widths,
     stacked_tangents,
     warn_of_other_constants,
@@ -126,6 +124,7 @@ class BrenierDecoder(nn.Module):
             for i, features in enumerate((self.latent_dim, self.data_dim))
         ]
         self.latent_map, self.data_map = maps
+        self.latent_map._input = ("z", "latent_dim")
         if embedding == "identity":
             self.register_parameter("raw_embedding", None)
         else:
@@ -223,19 +222,13 @@ class BrenierDecoder(nn.Module):
     def _operand(self) -> Tensor | int:
         return self.data_dim if self.raw_embedding is None else self.embedding_matrix()
 
-    def _check(self, z: Any) -> None:
-        check_input("z", z, self.latent_dim, "latent_dim", self.latent_map.skip_weight)
-
     def forward(self, z: Tensor) -> Tensor:
         """``decoder(z)``: (..., m) -> (..., D), or (..., *data_shape)."""
-        self._check(z)
         x = self.data_map(self.latent_map(z), self._operand())
         return x if self.data_shape is None else x.unflatten(-1, self.data_shape)
 
     def jvp(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder and its derivative along v (..., m): both (..., D), flat whatever ``data_shape`` is."""
-        self._check(z)
-        check_tangent(v, "z", z)
         y, y_tangent = self.latent_map.jvp(z, v)
         return self.data_map.jvp(y, y_tangent, self._operand())
 
@@ -244,7 +237,7 @@ class BrenierDecoder(nn.Module):
 
         Rows are in the order of ``decoder(z)`` flattened, for a matrix has two dimensions whatever ``data_shape`` is.
         """
-        self._check(z)
+        self.latent_map._check(z)
         return stacked_tangents(self.jvp, z)
 
     @torch.no_grad()

@@ -82,23 +82,21 @@ def check_input(argument: str, value: Any, width: int | None, meaning: str, para
         raise TypeError(
             f"{argument}: got {type(value).__name__}, wanted a tensor; torch.as_tensor makes one of arrays and lists"
         )
-    shape, dtype, wanted = value.shape, value.dtype, parameter.dtype
+    shape, dtype, wanted, device = value.shape, value.dtype, parameter.dtype, value.device
     if width is not None and (not shape or shape[-1] != width):
         raise ValueError(f"{argument}: got shape {tuple(shape)}, wanted (..., {width}), {meaning} values each")
-    if value.device != parameter.device:
+    if device != parameter.device:
         raise ValueError(
-            f"{argument}: got device {value.device}, wanted {parameter.device}, where the parameters are: move either "
+            f"{argument}: got device {device}, wanted {parameter.device}, where the parameters are: move either "
             "with .to(device)"
         )
     if dtype != wanted and not (
-        torch.is_autocast_enabled(value.device.type)
-        and value.is_floating_point()
-        and torch.float64 not in (dtype, wanted)
+        torch.is_autocast_enabled(device.type) and value.is_floating_point() and torch.float64 not in (dtype, wanted)
     ):
         raise ValueError(
             f"{argument}: got dtype {dtype}, wanted {wanted}, that of the parameters: {argument}.to({wanted})"
         )
-    if wanted == torch.float16 and value.device.type == "cpu":
+    if wanted == torch.float16 and device.type == "cpu":
         raise ValueError(f"{argument}: got {dtype} on the CPU, wanted float32 or bfloat16; float16 is for GPUs")
 
 
@@ -146,6 +144,7 @@ class BrenierMap(nn.Module):
     """
 
     raw_weights: nn.ParameterList
+    _input = ("x", "in_features")  # what the user calls the argument and its width; the decoder has words of its own
     _configured: float | None = None  # L as it was constructed, until another one is assigned or loaded
 
     def __init__(
@@ -356,10 +355,12 @@ class BrenierMap(nn.Module):
 
     def operands(self, x: Tensor, embedding: Tensor | int | None = None) -> functional.Operands:
         """The arguments of :mod:`ilvae_fast.functional` at ``x``."""
-        self._check("x", x, embedding)
+        skip_weight = self.skip_weight
+        argument, width = self._input
+        check_input(argument, x, self.in_features if embedding is None else None, width, skip_weight)
         return functional.prepare(
             x,
-            self.skip_weight,
+            skip_weight,
             self.bias,
             self.nonneg_weights(),
             self._activations,
@@ -369,9 +370,6 @@ class BrenierMap(nn.Module):
             self.recompute,
             self.validate,
         )
-
-    def _check(self, argument: str, value: Any, embedding: Tensor | int | None = None) -> None:
-        check_input(argument, value, self.in_features if embedding is None else None, "in_features", self.skip_weight)
 
     def forward(self, x: Tensor, embedding: Tensor | int | None = None) -> Tensor:
         """``T(x)``: (..., d) -> (..., d); with an embedding B, as :mod:`ilvae_fast.functional` takes it, ``T(B x)``."""
@@ -388,12 +386,15 @@ class BrenierMap(nn.Module):
     def jvp(self, x: Tensor, v: Tensor, embedding: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """``(T(B x), dT(B x)/dx v)``, for x and v (..., d), or (..., m) with an embedding B."""
         operands = self.operands(x, embedding)
-        check_tangent(v, "x", x)
+        check_tangent(v, self._input[0], x)
         return functional.apply_map_jvp(operands, v)
+
+    def _check(self, x: Any) -> None:
+        check_input(self._input[0], x, self.in_features, self._input[1], self.skip_weight)
 
     def jacobian(self, x: Tensor) -> Tensor:
         """``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L."""
-        self._check("x", x)
+        self._check(x)
         return stacked_tangents(self.jvp, x)
 
     def logabsdet(self, x: Tensor) -> Tensor:
@@ -418,7 +419,7 @@ class BrenierMap(nn.Module):
             ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
             RuntimeError: there is no such x, or it was not found, as may be with L = 0.
         """
-        self._check("y", y)
+        check_input("y", y, self.in_features, "in_features", self.skip_weight)
         return inversion.inverse(self.operands(y))
 
     def extra_repr(self) -> str:
