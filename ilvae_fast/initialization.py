@@ -60,14 +60,6 @@ def _log_normal_(weight: Tensor, mean: Tensor) -> Tensor:
     return weight.log_normal_(-variance_of_log / 2, math.sqrt(variance_of_log)).mul_(mean)
 
 
-def _climb(p: Sequence[Tensor], weights: Sequence[Tensor], activations: Sequence[Activation]) -> list[Tensor]:
-    """Pre-activations a_1 .. a_{k+1} of skip terms ``p = [P_1, P_2, ..]`` and the first k weights."""
-    a = [p[0]]
-    for term, weight, activation in zip(p[1:], weights, activations, strict=False):
-        a.append(term + activation(a[-1]) @ weight.T)
-    return a
-
-
 def _map_of_unit_output(
     a: Sequence[Tensor], rows: Sequence[Tensor], weights: Sequence[Tensor], activations: Sequence[Activation]
 ) -> Tensor:
@@ -103,12 +95,12 @@ def initialize_(
     rows, biases = skip_weight.float().split([*units, 1]), bias.split([*units, 1])
 
     x = _sample(width, skip_weight.device)
-    terms, a = [x @ row.T for row in rows], [x @ rows[0].T]
+    terms = [x @ row.T for row in rows]
+    a = terms[:1]
     for k, (activation, weight) in enumerate(zip(hidden, weights, strict=True)):
         _log_normal_(weight, 1 / (units[k] * _slope(activation, a[k]).abs().mean().clamp(min=1e-6)))
         biases[k + 1].copy_(-(weight @ activation(torch.zeros_like(a[k][0]))))
-        terms[k + 1] = terms[k + 1] + biases[k + 1]
-        a = _climb(terms, weights[: k + 1], hidden)
+        a.append(terms[k + 1] + biases[k + 1] + activation(a[k]) @ weight.T)
 
     network, scale = _map_of_unit_output(a, rows, weights, hidden), x.new_ones(())
     for _ in range(_PASSES):
@@ -123,5 +115,7 @@ def initialize_(
     if sparse:
         for hidden_bias in biases[1:-1]:
             hidden_bias.sub_(_OFFSET)
-        at_zero = _climb([b.float().unsqueeze(0) for b in biases], weights, hidden)
+        at_zero = [b.float().unsqueeze(0) for b in biases]
+        for k, (activation, weight) in enumerate(zip(hidden, weights, strict=True)):
+            at_zero[k + 1] = at_zero[k + 1] + activation(at_zero[k]) @ weight.T
         skip_weight[-1].copy_(-_map_of_unit_output(at_zero, rows, weights, hidden).squeeze(0))

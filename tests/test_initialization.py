@@ -1,4 +1,4 @@
-"""The scale of T at initialisation: x ~ N(0, I), L = 0, variance per coordinate in [0.25, 4]."""
+"""The scale of T at initialisation, at L = 0."""
 
 import pytest
 import torch
@@ -16,20 +16,25 @@ ACTIVATIONS = [
     ("smooth_leaky_relu", None, "celu"),
     ("softplus", "squared_leaky_relu", "smooth_leaky_relu"),
     ("identity", "squared_leaky_relu", "identity"),
-    ("identity", None, "identity"),
+    (il.Activation("softplus", 10.0), None, "identity"),
 ]
-DRAWS, ROWS = 8, 128
+SEEDS, ROWS = 10, 128
 
 
-def _variance(width, hidden, nonneg="softplus", **activations) -> float:
-    """Over inputs and draws of the weights, averaged over coordinates."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        values = [
-            il.BrenierMap(width, hidden, nonneg=nonneg, inverse_lipschitz=0.0, **activations)(torch.randn(ROWS, width))
-            for _ in range(DRAWS)
-        ]
-    return float(torch.stack(values).var(dim=(0, 1)).mean())
+def _variances(width, hidden, scales=(1.0,), **options) -> list[float]:
+    """Of T(scale x), x ~ N(0, I), over x at fixed weights; the mean over coordinates and draws of the weights."""
+    x = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(1))
+    total = torch.zeros(len(scales))
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        layer = il.BrenierMap(width, hidden, inverse_lipschitz=0.0, **options)
+        with torch.no_grad():
+            total += torch.stack([layer(scale * x).var(dim=0).mean() for scale in scales])
+    return (total / SEEDS).tolist()
+
+
+def _variance(width, hidden, **options) -> float:
+    return _variances(width, hidden, **options)[0]
 
 
 @pytest.mark.parametrize(("activation", "first", "output"), ACTIVATIONS)
@@ -42,10 +47,71 @@ def test_variance_of_the_map(width, activation, first, output):
             assert 0.25 <= variance <= 4, f"depth {depth}, width {units}: {variance}"
 
 
+NETWORKS = [(2, (32,)), (16, (64, 64, 32)), (64, (128, 128)), (16, (128,) * 6)]
+SCALES = (0.3, 0.5, 0.7, 1.0, 1.7, 3.0)
+SQUARED = [il.Activation("squared_leaky_relu", slope) for slope in (0.0, 0.2, 0.5, 0.8, 1.0)]
+CURVED = [("softplus", None), (il.Activation("softplus", 10.0), None), ("celu", None), ("smooth_leaky_relu", None)]
+CURVED += [(above, first) for above in ("celu", "softplus", "leaky_relu", "relu") for first in SQUARED]
+
+
+@pytest.mark.parametrize(("width", "hidden"), NETWORKS)
+@pytest.mark.parametrize(("activation", "first"), CURVED)
+def test_curved_maps_follow_the_scale_of_their_inputs(activation, first, width, hidden):
+    variances = _variances(width, hidden, SCALES, activation=activation, first_activation=first)
+    for scale, variance in zip(SCALES, variances, strict=True):
+        assert scale**2 / 16 <= variance <= 16 * scale**2, f"inputs scaled by {scale}: {variance}"
+
+
+@pytest.mark.parametrize(("width", "hidden"), NETWORKS)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_maps_without_curvature_do_not_depend_on_the_scale_of_their_inputs(activation, width, hidden):
+    assert all(1 / 16 <= v <= 16 for v in _variances(width, hidden, SCALES, activation=activation))
+
+
+def test_an_even_first_activation_does_not_switch_the_map_off():
+    """Its slopes cancel: weights of about one over their mean were 200, and T(x / 2) had a variance of 3e-41."""
+    options = {"activation": "celu", "first_activation": il.Activation("squared_leaky_relu", 1.0)}
+    layer = il.BrenierMap(16, (64, 64, 32), inverse_lipschitz=0.0, **options)
+    assert max(float(w.max()) for w in layer.nonneg_weights()) < 5
+    assert _variances(16, (64, 64, 32), (0.5,), **options)[0] > 0.01
+
+
 @pytest.mark.parametrize("nonneg", NONNEG)
 def test_variance_does_not_depend_on_the_parametrisation(nonneg):
     for hidden in [(32,), (64, 128, 32), (200, 64)]:
-        assert 0.25 <= _variance(64, hidden, nonneg) <= 4
+        assert 0.25 <= _variance(64, hidden, nonneg=nonneg) <= 4
+
+
+@pytest.mark.parametrize(("activation", "first", "output"), ACTIVATIONS)
+def test_the_map_has_no_mean(activation, first, output):
+    torch.manual_seed(0)
+    layer = il.BrenierMap(
+        64, (128, 64), activation=activation, first_activation=first, output_activation=output, inverse_lipschitz=0.0
+    )
+    with torch.no_grad():
+        t = layer(torch.randn(2000, 64))
+    assert t.mean(0).square().mean() < 0.1 * t.var(0).mean()
+
+
+@pytest.mark.parametrize("activation", ["softplus", "relu", "celu", il.Activation("softplus", 10.0)])
+def test_pre_activations_and_a_sparse_map_vanish_at_zero(activation):
+    torch.manual_seed(0)
+    layer = il.BrenierMap(5, (8, 7, 6), activation=activation, inverse_lipschitz=0.0)
+    assert layer.potential(torch.zeros(5)).detach() == pytest.approx(0, abs=1e-5)
+    torch.manual_seed(0)
+    sparse = il.BrenierMap(5, (8, 7, 6), activation=activation, inverse_lipschitz=0.0, initialization="sparse")
+    torch.testing.assert_close(sparse(torch.zeros(5)), torch.zeros(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sparse.bias[8:-1], layer.bias[8:-1] - 0.5)
+    torch.testing.assert_close(sparse.skip_weight[:-1], layer.skip_weight[:-1])
+
+
+def test_a_sparse_map_starts_with_its_upper_layers_off_on_a_small_subspace():
+    torch.manual_seed(0)
+    maps = [il.BrenierMap(784, (512, 512), inverse_lipschitz=0.0, initialization=i) for i in ("random", "sparse")]
+    z = torch.randn(64, 10)
+    with torch.no_grad():
+        random, sparse = (m(z, 784).var(0).sum() for m in maps)
+    assert sparse < random / 100
 
 
 def test_widths_may_differ_a_lot():
@@ -59,7 +125,7 @@ def test_the_variance_test_would_notice_a_missing_scale():
     with torch.no_grad():
         for raw in layer.raw_weights:
             raw.uniform_(0, 1)  # positive weights of order one, as naive code draws them
-        assert layer(torch.randn(64, 64)).var() > 4
+        assert layer(torch.randn(64, 64)).var(0).mean() > 4
 
 
 def test_draws_are_reproducible_and_reset_draws_anew():
