@@ -10,161 +10,92 @@ that part. The picture shows test data. Writes ``results/advice.json`` after eac
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ilvae_fast as il
+from benchmarks import fits
+from benchmarks.fits import Parts, Task
 from benchmarks.record import RESULTS, provenance, write
-from ilvae_fast import metrics
 from ilvae_fast._files import write_atomically
-from ilvae_fast.vae import VAE, VAEConfig
-from ilvae_fast.vae.likelihoods import LIKELIHOODS
+from ilvae_fast.vae import LIKELIHOODS, VAE
 
 NAME = "advice"
-DECODER: dict[str, Any] = {
-    "embedding": "orthogonal",
-    "decoder_options": {"activation": il.Activation("softplus", 5.0), "nonneg": "square"},
+EVALUATED = 500
+
+
+def _digits(latent_dim: int) -> Task:
+    return Task("digits", 1200, 238, "gaussian", latent_dim, 200, (128, 128), (), {"scale": 0.5}, cosine=True)
+
+
+# settings, and the constants to train with
+TASKS: dict[str, tuple[Task, tuple[float, ...]]] = {
+    "digits, Gaussian 0.5, 20 latents": (_digits(20), (0, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5)),
+    "digits, Gaussian 0.5, 5 latents": (_digits(5), (0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0)),
+    "MNIST 3000, Gaussian 0.3, 10 latents": (
+        Task("mnist", 2500, 500, "gaussian", 10, 30, (256, 256), (), {"scale": 0.3}, cosine=True),
+        (0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0),
+    ),
+    "MNIST 6000, Bernoulli, 20 latents": (
+        Task("mnist", 5000, 500, "bernoulli", 20, 20, (256, 256), (), cosine=True),
+        (0, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0),
+    ),
 }
-BATCH, RATE = 128, 1e-3
-EVALUATED, IMPORTANCE_SAMPLES = 500, 100
-
-
-@dataclass(frozen=True)
-class Task:
-    """One setting: data, likelihood, sizes, and the constants to train with."""
-
-    data: str
-    count: int  # of the training data, those kept for validation included
-    likelihood: str
-    latent_dim: int
-    epochs: int
-    constants: Sequence[float]
-    likelihood_options: dict[str, Any] = field(default_factory=dict)
-    encoder_hidden: tuple[int, ...] = (256, 256)
-    decoder_hidden: tuple[tuple[int, ...], tuple[int, ...]] = ((128, 128), (512, 512))
-
-
-_DIGITS: dict[str, Any] = {
-    "data": "digits", "count": 1438, "likelihood": "gaussian", "likelihood_options": {"scale": 0.5}, "epochs": 200,
-    "encoder_hidden": (128, 128), "decoder_hidden": ((64, 64), (256, 256)),
-}  # fmt: skip
-TASKS: dict[str, Task] = {
-    "digits, Gaussian 0.5, 20 latents": Task(
-        latent_dim=20, constants=(0, 0.015, 0.03, 0.06, 0.12, 0.25, 0.5), **_DIGITS
-    ),
-    "digits, Gaussian 0.5, 5 latents": Task(
-        latent_dim=5, constants=(0, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0), **_DIGITS
-    ),
-    "MNIST 3000, Gaussian 0.3, 10 latents": Task(
-        "mnist", 3000, "gaussian", 10, 30, (0, 0.03, 0.1, 0.25, 0.5, 1.0, 2.0), {"scale": 0.3}
-    ),
-    "MNIST 6000, Bernoulli, 20 latents": Task(
-        "mnist", 6000, "bernoulli", 20, 20, (0, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Data of a task; ``binary``: pixels are drawn anew in each epoch, as those of the other parts once."""
-
-    fit: Tensor
-    validation: Tensor
-    test: Tensor
-    binary: bool
-
-
-def load(task: Task, data_root: str | None) -> Parts:
-    """A sixth of the training data is for validation."""
-    dataset = il.data.load(task.data, data_root)
-    fit, validation = dataset.train[: task.count].split([task.count - task.count // 6, task.count // 6])
-    binary = task.likelihood == "bernoulli"
-    generator = torch.Generator().manual_seed(0)
-    held = [x[:EVALUATED] for x in (validation, dataset.test)]
-    held = [torch.bernoulli(x, generator=generator) if binary else x for x in held]
-    return Parts(fit, held[0], held[1], binary)
 
 
 def run(task: Task, parts: Parts, constant: float, seed: int) -> dict[str, Any]:
-    """Train with one constant and measure on validation and test part."""
+    """Train the default decoder with one constant and measure on validation and test part."""
     torch.manual_seed(seed)
-    config = VAEConfig.named(
-        "il-lidvae", data_dim=parts.fit.shape[1], latent_dim=task.latent_dim, inverse_lipschitz=math.sqrt(constant),
-        likelihood=task.likelihood, likelihood_options=task.likelihood_options, encoder_hidden=task.encoder_hidden,
-        decoder_hidden=task.decoder_hidden, **DECODER,
-    )  # fmt: skip
-    model, start = VAE(config), time.perf_counter()
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    steps = task.epochs * (len(parts.fit) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(task.epochs):
-        for rows in torch.randperm(len(parts.fit))[: len(parts.fit) // BATCH * BATCH].split(BATCH):
-            x = parts.fit[rows]
-            model(torch.bernoulli(x) if parts.binary else x).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    seconds = time.perf_counter() - start
-    measured = {"validation": measure(model, parts, parts.validation), "test": measure(model, parts, parts.test)}
-    return {"L": constant, "seed": seed, "seconds": round(seconds, 1), **measured}
-
-
-def measure(model: VAE, parts: Parts, x: Tensor) -> dict[str, float]:
-    """NLL, KL, MI, the NLL of the best model that ignores z, and the gain of the ELBO over it."""
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "nll": metrics.negative_log_likelihood(model, x, IMPORTANCE_SAMPLES, generator=generator),
-        "kl": metrics.kl_divergence(model, x).total,
-        "mutual_information": metrics.mutual_information(model, x, generator=generator),
-        "ignoring": metrics.nll_without_latent(model, x, parts.fit),
-        "gain": metrics.gain(model, x, parts.fit, generator=generator),
+    model = VAE(fits.configuration(task, parts, constant))
+    model.initialize(parts.fit)
+    milliseconds = fits.fit(model, parts.fit, task)
+    measured = {
+        part: fits.measure(model, x[:EVALUATED], parts.fit, task.importance_samples)
+        for part, x in (("validation", parts.validation), ("test", parts.test))
     }
+    for values in measured.values():
+        values["gain"] = values["ignoring"] - values["negative_elbo"]
+    return {"L": constant, "seed": seed, "step_ms": round(milliseconds, 2), **measured}
 
 
 def sweep(data_root: str | None, seeds: Sequence[int]) -> dict[str, Any]:
     """All runs that are not recorded yet; the record is written after each."""
     path = RESULTS / f"{NAME}.json"
     result = json.loads(path.read_text()) if path.is_file() else {"tasks": {}}
-    for name, task in TASKS.items():
-        described = json.loads(json.dumps(dataclasses.asdict(task)))
+    for name, (task, constants) in TASKS.items():
+        described = json.loads(json.dumps({**vars(task), "constants": constants}, default=dict))
         record = result["tasks"].setdefault(name, {"task": described, "runs": []})
         if record["task"] != described:
             raise SystemExit(f"{path}: {name!r} was run with other settings; remove it from there to run it anew")
         done = {(run["L"], run["seed"]) for run in record["runs"]}
-        parts = load(task, data_root)
-        record["advice"] = advised(task, parts.fit)
+        parts = fits.load(task, data_root)
+        record["advice"] = advised(task, parts, constants)
         for seed in seeds:
-            for constant in task.constants:
+            for constant in constants:
                 if (constant, seed) in done:
                     continue
                 record["runs"].append(run(task, parts, constant, seed))
-                write(NAME, {**provenance(), "decoder": str(DECODER), **result})
+                write(NAME, {**provenance(), **result})
                 test = record["runs"][-1]["test"]
                 print(f"{name}: L = {constant:g}, NLL {test['nll']:.2f}, gain {test['gain']:.2f}", flush=True)
-    write(NAME, {**provenance(), "decoder": str(DECODER), **result})
+    write(NAME, {**provenance(), **result})
     return result
 
 
-def advised(task: Task, x: Tensor) -> dict[str, Any]:
+def advised(task: Task, parts: Parts, constants: Sequence[float]) -> dict[str, Any]:
     """The advice on the data that a task trains on, and what it expects each constant to force and to cost."""
     likelihood = LIKELIHOODS[task.likelihood](**task.likelihood_options)
-    advice = il.advise(x, task.latent_dim, likelihood)
+    advice = il.advise(parts.fit, task.latent_dim, likelihood)
     return {
         "text": str(advice),
         **{name: getattr(advice, name) for name in ("L", "low", "high", "idle", "payable", "gain")},
-        "forced": [advice.forced(constant) for constant in task.constants],
-        "cost": [advice.cost(constant) for constant in task.constants],
+        "forced": [advice.forced(constant) for constant in constants],
+        "cost": [advice.cost(constant) for constant in constants],
     }
 
 

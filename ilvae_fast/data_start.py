@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .initialization import fixed_normal
 from .vae.likelihoods import Categorical, Likelihood, as_likelihood
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def start_from_data_(decoder: BrenierDecoder, x: Tensor, likelihood: str | Likel
     if decoder.raw_embedding is not None:
         scores = likelihood.score(x, wanted.to(x.dtype if x.is_floating_point() else torch.float32)).float()
         decoder.raw_embedding.copy_(_principal_directions(scores, decoder.latent_dim))
-    z = _normal(_LATENTS, decoder.latent_dim).to(weight)
+    z = fixed_normal(_LATENTS, decoder.latent_dim).to(weight)
     response = torch.ones_like(weight[-1])
     for _ in range(_ITERATIONS):
         missing = wanted.to(weight.dtype) - decoder(z).flatten(1).mean(0)
@@ -61,18 +62,12 @@ def _rows(decoder: BrenierDecoder, x: Tensor, likelihood: Likelihood) -> Tensor:
     return x
 
 
-def _normal(rows: int, columns: int) -> Tensor:
-    """Of N(0, 1), the same in every call, each row with its negative."""
-    half = torch.randn(rows // 2, columns, generator=torch.Generator().manual_seed(0))
-    return torch.cat([half, -half])
-
-
 def _principal_directions(y: Tensor, count: int) -> Tensor:
     """Orthonormal columns (P, count) along which the rows of y (n, P) vary most, by subspace iteration; what exceeds
     the rank of y is arbitrary."""
     y = y - y.mean(0)
     width = y.shape[1]
-    guess = _normal(2 * width, min(width, count + _SPARE))[:width].to(y)
+    guess = fixed_normal(2 * width, min(width, count + _SPARE))[:width].to(y)
     basis = torch.linalg.qr(guess).Q
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(y.T @ (y @ basis) + 1e-6 * basis).Q

@@ -36,6 +36,7 @@ from torch import Tensor
 from .activations import Activation
 
 _ROWS = 256
+_SEED = 0x1CF4_57A7  # nobody's: from the seed of the weights would come the numbers that are in the weights
 _OFFSET = 0.5  # of pre-activations whose skip terms have the standard deviation 1 for x ~ N(0, I)
 _PASSES = 4  # of step 4: one is exact where s_out is homogeneous, else D_out depends on the scale
 
@@ -48,10 +49,15 @@ def _slope(activation: Activation, a: Tensor) -> Tensor:
     return slope
 
 
+def fixed_normal(rows: int, columns: int) -> Tensor:
+    """Of N(0, 1), the same in every call, each row with its negative."""
+    half = torch.randn(rows // 2, columns, generator=torch.Generator().manual_seed(_SEED))
+    return torch.cat([half, -half])
+
+
 def _sample(width: int, device: torch.device) -> Tensor:
     """Rows of N(0, I), the same in every call, each with its negative."""
-    half = torch.randn(_ROWS // 2, width, generator=torch.Generator().manual_seed(0))
-    return torch.cat([half, -half]).to(device)
+    return fixed_normal(_ROWS, width).to(device)
 
 
 def _log_normal_(weight: Tensor, mean: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ def initialize_(
     for k, (activation, weight) in enumerate(zip(hidden, weights, strict=True)):
         _log_normal_(weight, 1 / (units[k] * _slope(activation, a[k]).abs().mean().clamp(min=1e-6)))
         biases[k + 1].copy_(-(weight @ activation(torch.zeros_like(a[k][0]))))
-        a.append(terms[k + 1] + biases[k + 1] + activation(a[k]) @ weight.T)
+        a.append(terms[k + 1] + biases[k + 1].float() + activation(a[k]) @ weight.T)
 
     network, scale = _map_of_unit_output(a, rows, weights, hidden), x.new_ones(())
     for _ in range(_PASSES):
