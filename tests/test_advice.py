@@ -251,7 +251,7 @@ def test_the_picture_is_written(tmp_path):
         (torch.zeros(5, 3), 2, "gaussian", ValueError, "x: got 5 data, wanted at least 6 for 2 latents"),
         (torch.full((9, 3), 2.0), 1, "bernoulli", ValueError, "x: got values from 2 to 2"),
         (torch.zeros(9, 3), 1, "gausian", ValueError, "likelihood: got 'gausian'.*nearest: 'gaussian'"),
-        (torch.zeros(9, 3), 1, 3, TypeError, "likelihood: got 3, wanted a name or an object"),
+        (torch.zeros(9, 3), 1, 3, TypeError, "likelihood: got int, wanted a name or a Likelihood"),
         (torch.zeros(9, 3).long(), 1, "categorical", ValueError, "pass an object with its options.*'num_categories'"),
     ],
 )

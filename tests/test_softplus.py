@@ -139,7 +139,7 @@ def test_other_tensors_take_pytorchs_own(name):
 
 
 def test_the_reference_backend_is_plain():
-    layer = il.BrenierMap(3, (4, 5))
+    layer = il.BrenierMap(3, (4, 5), nonneg="softplus")
     with il.use_backend("reference"):
         names = {w.grad_fn.name() for w in layer.nonneg_weights()}
     assert names == {"SoftplusBackward0"}
@@ -147,7 +147,7 @@ def test_the_reference_backend_is_plain():
 
 
 def test_a_layer_with_a_hook_on_one_weight_and_a_copy():
-    layer = il.BrenierMap(3, (4, 5))
+    layer = il.BrenierMap(3, (4, 5), nonneg="softplus")
     seen = []
     layer.raw_weights[1].register_hook(lambda g: seen.append(g.shape))
     layer(torch.randn(2, 3)).sum().backward()
