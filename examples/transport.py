@@ -1,6 +1,6 @@
 """Optimal transport by two convex potentials, with a picture, or scored where the map is known.
 
-    python examples/transport.py [--steps 4000] [--seed 0] [--picture docs/images/transport.png]
+    python examples/transport.py [--steps 3000] [--seed 0] [--picture docs/images/transport.png]
     python examples/transport.py --pair pair_2.npz [--pair pair_16.npz] [--record benchmarks/results/transport.json]
 
 Without --pair: a Gaussian to eight Gaussians. A pair is one of the continuous Wasserstein-2 benchmark (Korotin et al.,
@@ -184,8 +184,8 @@ def _commit() -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--pair", type=Path, action="append", default=[], help="a benchmark pair; may be repeated")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--width", type=int, nargs="+", default=[64, 64], help="of the hidden layers")
     parser.add_argument("--L", type=float, default=0.02, help="inverse-Lipschitz constant of both maps")
     parser.add_argument("--cycle", type=float, default=2.0, help="weight of the cycle terms")
