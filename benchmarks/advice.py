@@ -3,8 +3,8 @@
     python -m benchmarks.advice --data-root DATA      # about 20 minutes on one core; goes on where it was
     python -m benchmarks.advice --draw                # the picture from the recorded runs alone
 
-Each task keeps a part of its training data for validation: the two fractions of ``ilvae_fast.advice`` were chosen on
-that part. The picture shows test data. Writes ``results/advice.json`` after each run, and ``results/advice.png``.
+Each task keeps a part of its training data for validation: the place to judge another rule on. The picture shows test
+data. Writes ``results/advice.json`` after each run, and ``results/advice.png``.
 """
 
 from __future__ import annotations

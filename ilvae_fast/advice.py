@@ -28,7 +28,7 @@ _ROWS, _WIDTH, _VALUES = 10000, 1024, 2**24  # data looked at; fewer of them if 
 # one unit of z move f by more than 4.
 _LEAST_INFORMATION = 1 / 16
 _NOTICEABLE = 0.1  # nats forced in all latents, below which a guarantee says nothing that one can measure
-# (nats forced, as a part of the gain; L, as a part of the data's spread): chosen by benchmarks/advice.py
+# nats forced, as a part of the gain, and L, as a part of the data's spread: round numbers, see benchmarks/advice.py
 _RECOMMENDED, _HARMFUL = (1 / 40, 1 / 4), (1 / 10, 1 / 2)
 
 
