@@ -23,11 +23,13 @@ def _run(source: str) -> dict:
 
 def test_the_decoder_example_is_certified():
     (source,) = (e for e in EXAMPLES if "MyVAE" in e)
-    model = _run(source)["MyVAE"]()
+    names = _run(source)
+    model = names["MyVAE"]()
     reconstruction, mean, _ = model(torch.rand(8, 784))
     assert reconstruction.shape == (8, 784)
     assert mean.shape == (8, 10)
-    assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.5)
+    assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.49)
+    assert names["model"].decoder.embedding == "orthogonal"
 
 
 def _transport_residuals(**changes: str) -> tuple[float, float]:
