@@ -64,16 +64,28 @@ PAIRS = {"transport, d = 2": 2, "transport, d = 16": 16}  # of the Wasserstein-2
 
 @dataclass(frozen=True)
 class Decoder:
-    """Options of :class:`ilvae_fast.vae.VAEConfig`, and of its decoder, besides or instead of the defaults."""
+    """Options of :class:`ilvae_fast.vae.VAEConfig`, and of its decoder, besides or instead of the defaults.
+
+    by_variance: coordinates of the data in the order of their variance, the largest first, which no likelihood minds.
+    """
 
     fields: Mapping[str, Any]
     options: Mapping[str, Any]
     initialize: bool = True
+    by_variance: bool = False
 
     @classmethod
-    def of(cls, initialize: bool = True, embedding: str | None = None, widths: Any = None, **options: Any) -> Decoder:
+    def of(
+        cls,
+        initialize: bool = True,
+        embedding: str | None = None,
+        widths: Any = None,
+        by_variance: bool = False,
+        **options: Any,
+    ) -> Decoder:
         fields = {"embedding": embedding, "decoder_hidden": widths}
-        return cls({name: value for name, value in fields.items() if value is not None}, options, initialize)
+        given = {name: value for name, value in fields.items() if value is not None}
+        return cls(given, options, initialize, by_variance)
 
 
 def _softplus(beta: float) -> il.Activation:
@@ -89,6 +101,7 @@ DECODERS: dict[str, Decoder | None] = {
     ),
     "not started from data": Decoder.of(initialize=False),
     "identity embedding": Decoder.of(embedding="identity"),
+    "identity embedding, coordinates by variance": Decoder.of(embedding="identity", by_variance=True),
     "full_rank embedding": Decoder.of(embedding="full_rank"),
     "softplus(1)": Decoder.of(activation=_softplus(1)),
     "softplus(5)": Decoder.of(activation=_softplus(5)),
@@ -123,6 +136,9 @@ def fit_decoder(name: str, variant: str, seed: int, data_root: str | None) -> di
     torch.set_num_threads(1)
     task, chosen = TASKS[name], DECODERS[variant]
     parts = fits.load(task, data_root)
+    if chosen is not None and chosen.by_variance:
+        order = parts.fit.var(0).argsort(descending=True)
+        parts = fits.Parts(*(part[:, order] for part in vars(parts).values()))
     constant = fits.advised(task, parts)
     fields: dict[str, Any] = {"decoder": "mlp"} if chosen is None else dict(chosen.fields)
     if chosen is not None and chosen.options:

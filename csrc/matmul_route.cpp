@@ -75,7 +75,7 @@ class Sweep {
       if (tangent) a_tangent_ = stack_.narrow(0, p.rows, p.rows);
     }
     embedded_weight_ = !p.embedding.defined() ? (p.padded() ? p.skip_weight.narrow(1, 0, p.input) : p.skip_weight)
-                       : saved.empty()        ? at::mm(p.skip_weight, p.embedding.to(p.operand))
+                       : saved.empty()        ? thin_product(p.skip_weight, p.embedding.to(p.operand), p.operand)
                                               : saved[2];
   }
 
@@ -384,7 +384,7 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   Tensor narrow_half;
   const bool dense = p.embedding.defined();
   if (dense && (wanted[grad_skip_weight] || wanted[grad_embedding])) {
-    narrow_half = at::mm(d_tangent.t(), x);
+    narrow_half = thin_product(d_tangent.t(), x, d_tangent.scalar_type());
   }
   // grad_A = D'^T x B^T + D^T v
   if (wanted[grad_skip_weight]) {
@@ -400,7 +400,7 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   }
   // grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
   if (wanted[grad_embedding]) {
-    auto gradient = product(p.skip_weight.t(), narrow_half, p.real);
+    auto gradient = thin_product(p.skip_weight.t(), narrow_half, p.real);
     const auto& real_x = quadratic.x();
     if (tangent) gradient.add_(at::mm(v.t(), real_x) * p.inverse_lipschitz);
     if (u.defined()) {

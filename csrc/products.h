@@ -24,4 +24,10 @@ inline at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarTy
   return a.is_cuda() && type == at::kFloat ? at::mm(a, b, type) : at::mm(a, b).to(type);
 }
 
+// a b for a wide a and a b of few columns, contiguous. On the CPU as the transpose of b^T a^T: BLAS streams the wide
+// operand by rows then, in a third to a half of the time.
+inline at::Tensor thin_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
+  return a.is_cuda() ? product(a, b, type) : product(b.t(), a.t(), type).t().contiguous();
+}
+
 }  // namespace ilvae

@@ -39,6 +39,7 @@ from ilvae_fast._files import write_atomically
 from ilvae_fast.training import evaluate
 from ilvae_fast.training.toy_report import draw
 from ilvae_fast.vae import VAE, GaussianMixture, GaussianMixturePosterior, VAEConfig
+from ilvae_fast.vae.config import FIRST_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def config(run: Run, settings: Settings) -> VAEConfig:
     if run.L is None:
         return VAEConfig.named("gmvae" if mixture else "vae", **fields, decoder_hidden=settings.mlp_hidden)
     fields |= {"decoder_hidden": settings.brenier_hidden, "inverse_lipschitz": math.sqrt(run.L)}
+    fields |= {"embedding": "identity", "decoder_options": FIRST_OPTIONS}  # as the recorded runs have them
     return VAEConfig.named("il-lidmvae" if mixture else "il-lidvae", **fields)
 
 
