@@ -82,9 +82,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     digits = il.data.load("digits")
     images, test = digits.train.unflatten(-1, SHAPE), digits.test.unflatten(-1, SHAPE)
-    model = VAE(DECODERS[args.decoder]())
-    if args.decoder == "brenier":
-        model.decoder.initialize(images, il.vae.Gaussian(SCALE))
+    decoder = DECODERS[args.decoder]()
+    if isinstance(decoder, il.BrenierDecoder):
+        decoder.initialize(images, il.vae.Gaussian(SCALE))
+    model = VAE(decoder)
     history = train(model, images, args.epochs)
     print(f"loss {history[0]:.2f} -> {history[-1]:.2f} nats")
 
