@@ -145,6 +145,7 @@ class BrenierMap(nn.Module):
 
     raw_weights: nn.ParameterList
     _input = ("x", "in_features")  # what the user calls the argument and its width; the decoder has words of its own
+    _unchosen: Sequence[str] = ()  # arguments that were left at their defaults
     _configured: float | None = None  # L as it was constructed, until another one is assigned or loaded
 
     def __init__(

@@ -40,8 +40,8 @@ def _error(layer: il.BrenierMap) -> float:
 
 
 @pytest.mark.parametrize(("activation", "first"), SMOOTH)
-@pytest.mark.parametrize("width", [1, 2, 16, 64])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 64])
+@pytest.mark.parametrize("depth", [1, 2, 4])
 def test_smooth_maps_start_at_the_identity(activation, first, width, depth):
     for constant in (0.0, 0.1, 1.0):
         error = _error(_map(width, (128,) * depth, activation, first, inverse_lipschitz=constant))
@@ -49,8 +49,8 @@ def test_smooth_maps_start_at_the_identity(activation, first, width, depth):
 
 
 @pytest.mark.parametrize(("activation", "first"), KINKED)
-@pytest.mark.parametrize("width", [1, 2, 16, 64])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 64])
+@pytest.mark.parametrize("depth", [1, 2, 4])
 def test_kinked_maps_start_at_a_staircase(activation, first, width, depth):
     per_coordinate = min(64 * depth // width, 32)
     bound = STAIRCASE[max(n for n in STAIRCASE if n <= per_coordinate)]
