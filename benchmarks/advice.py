@@ -149,11 +149,19 @@ def sweep(data_root: str | None, seeds: Sequence[int]) -> dict[str, Any]:
                 if (constant, seed) in done:
                     continue
                 record["runs"].append(run(task, parts, constant, seed))
-                write(NAME, {**provenance(), "decoder": str(DECODER), **result})
+                _record(result, data_root)
                 test = record["runs"][-1]["test"]
                 print(f"{name}: L = {constant:g}, NLL {test['nll']:.2f}, gain {test['gain']:.2f}", flush=True)
-    write(NAME, {**provenance(), "decoder": str(DECODER), **result})
+    _record(result, data_root)
     return result
+
+
+def _record(result: dict[str, Any], data_root: str | None) -> None:
+    """Write it with where it is from, but for the path of the data."""
+    origin = provenance()
+    if data_root is not None:
+        origin["command"] = origin["command"].replace(data_root, "DATA")
+    write(NAME, {**origin, "decoder": str(DECODER), "tasks": result["tasks"]})
 
 
 def advised(task: Task, x: Tensor) -> dict[str, Any]:
