@@ -80,10 +80,10 @@ def sweep(data_root: str | None, seeds: Sequence[int]) -> dict[str, Any]:
                 if (constant, seed) in done:
                     continue
                 record["runs"].append(run(task, parts, constant, seed))
-                write(NAME, {**provenance(), **result})
+                write(NAME, {**result, **provenance()})
                 test = record["runs"][-1]["test"]
                 print(f"{name}: L = {constant:g}, NLL {test['nll']:.2f}, gain {test['gain']:.2f}", flush=True)
-    write(NAME, {**provenance(), **result})
+    write(NAME, {**result, **provenance()})
     return result
 
 

@@ -253,7 +253,7 @@ def study(data_root: str | None, seeds: Sequence[int], only: Sequence[str], work
         for done, future in enumerate(as_completed(running), 1):
             name, variant, seed = running[future]
             result["runs"][_key(name, variant, seed)] = {**future.result(), "commit": origin["commit"]}
-            write(NAME, {**origin, **result})
+            write(NAME, {**result, **origin})
             minutes = (time.perf_counter() - start) / 60
             print(f"{done}/{len(running)}, {minutes:.0f} min: {_key(name, variant, seed)}", flush=True)
     return result

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,15 @@ def _module() -> str:
     return "benchmarks" if name == "__main__" else f"benchmarks.{name}"
 
 
+def _arguments() -> list[str]:
+    """Of the command line, but for where the data lie on this machine."""
+    return ["DATA" if before == "--data-root" else word for before, word in pairwise(sys.argv)]
+
+
 def provenance() -> dict[str, Any]:
     """Command, commit, versions and processor of this run."""
     return {
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(), *_arguments()]),
         "commit": _commit(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
