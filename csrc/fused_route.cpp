@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/fused.h"
+#include "products.h"
 
 namespace ilvae::fused {
 
@@ -24,7 +25,7 @@ class Operands {
       : x_(in_dtype(p.x, p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
     if (p.embedding.defined()) {
       embedding_ = in_dtype(p.embedding, p.real).contiguous();
-      embedded_weight_ = embedded_weight.defined() ? embedded_weight : at::mm(skip_weight_, embedding_);
+      embedded_weight_ = embedded_weight.defined() ? embedded_weight : thin_product(skip_weight_, embedding_, p.real);
     }
     for (const auto& w : p.weights) {
       held_.push_back(w.contiguous());
@@ -138,11 +139,11 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, con
   cpu::fused_training_terms(operands.network(), c, gradients);
 
   // With a dense embedding: grad_A += D'^T x B^T ; grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
-  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, operands.embedding().t());
+  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, operands.embedding().t().contiguous());
   if (wanted[grad_embedding]) {
-    auto gradient = at::mm(operands.skip_weight().t(), narrow);
+    auto gradient = thin_product(operands.skip_weight().t(), narrow, p.real);
     const auto& x = operands.x();
-    if (tangent) gradient.add_(at::mm(v.t(), x) * p.inverse_lipschitz);
+    if (tangent) gradient.add_(thin_product(v.t(), x, p.real) * p.inverse_lipschitz);
     if (u.defined()) {
       gradient.add_(at::mm(operands.embedding(), at::mm(x.t(), x * u.unsqueeze(1))) * p.inverse_lipschitz);
     }
