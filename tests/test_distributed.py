@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from ilvae_fast.training import reproduce, train
 from ilvae_fast.training.distributed import shard_options
 from ilvae_fast.vae import VAE, DiagonalGaussian
+from training_cases import state_of
 from two_processes import config, same_noise
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_a_sharded_run_is_that_of_one_process(sharded, tmp_path, monkeypatch):
     measures = json.loads((folder / "metrics.json").read_text())
     assert len(measures.pop("warnings", [])) == len(alone.pop("warnings", []))  # with rounded numbers in them
     assert measures == {k: v if isinstance(v, dict) else pytest.approx(v, rel=1e-3) for k, v in alone.items()}
-    states = [VAE.from_pretrained(path / "model").state_dict() for path in (folder, tmp_path / "run")]
+    states = [state_of(VAE.from_pretrained(path / "model")) for path in (folder, tmp_path / "run")]
     for name, tensor in states[1].items():
         torch.testing.assert_close(states[0][name], tensor, rtol=1e-4, atol=1e-4)
 

@@ -90,7 +90,7 @@ def test_large_constants_start_at_their_own_multiple():
 
 def test_the_random_start_is_far_from_it():
     torch.manual_seed(0)
-    assert _error(il.BrenierMap(16, (64, 64), inverse_lipschitz=0.0)) > 0.5
+    assert _error(il.BrenierMap(16, (64, 64), inverse_lipschitz=0.0)) > 5 * 0.02
 
 
 @pytest.mark.parametrize("nonneg", NONNEG)

@@ -27,7 +27,7 @@ from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
 from ilvae_fast.training.state import Batches, Position, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
-from training_cases import OPTIONS, SMALL, small
+from training_cases import OPTIONS, SMALL, small, state_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -276,7 +276,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
     for parts in (1, 5):
         monkeypatch.setattr("ilvae_fast.training.loop.evaluate", lambda *a, **k: {})
         train(small(tmp_path / str(parts), accumulation=parts))
-        states.append(VAE.from_pretrained(tmp_path / str(parts) / "model").state_dict())
+        states.append(state_of(VAE.from_pretrained(tmp_path / str(parts) / "model")))
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
 

@@ -28,7 +28,7 @@ def same_noise() -> None:
     def draw(self, num_samples, generator):
         count = 1 if num_samples is None else num_samples
         shift = torch.arange(count, dtype=self.mean.dtype).view(-1, *[1] * self.mean.dim())
-        noise = (1e3 * self.mean.detach() + shift).sin()
+        noise = (30 * self.mean.detach() + shift).sin()
         noise = noise.squeeze(0) if num_samples is None else noise
         return self.mean + (0.5 * self.log_variance).exp() * noise, noise
 
