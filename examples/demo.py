@@ -43,18 +43,16 @@ class Settings:
     """One setting for all models, chosen on a part of the training data; only the decoder and its constant differ.
 
     The MLP has the hidden layers of both Brenier maps one after the other: as deep, as wide, and within a tenth as many
-    parameters.
+    parameters. After twice the epochs it fits about as well as the IL-LIDVAE, still with 4 directions (one seed).
     """
 
     dataset: str = "digits"
     latent_dim: int = 10
-    scale: float = 0.3  # sigma of the Gaussian likelihood; the data lie in [0, 1]
-    constants: tuple[
-        float, ...
-    ] = ()  # further certified L = L1 L2, beside 0 and the advised one; none: the next line's
-    excess: float = 10.0  # times the advice's upper end
+    scale: float = 0.25  # sigma of the Gaussian likelihood; the data lie in [0, 1]
+    constants: tuple[float, ...] = ()  # further L of IL-LIDVAEs, beside the advised one; none: one of excess
+    excess: float = 20.0  # times the upper end of the advised range
     decoder_hidden: tuple[tuple[int, ...], tuple[int, ...]] = ((64, 64), (256, 256))
-    epochs: int = 200
+    epochs: int = 100
     batch_size: int = 128
     learning_rate: float = 1e-3
     seed: int = 0
