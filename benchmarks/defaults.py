@@ -280,8 +280,9 @@ def tables(result: Mapping[str, Any]) -> str:
     lines = [
         "# Defaults by measurement",
         "",
-        f"From `results/{NAME}.json`, by `python -m benchmarks.defaults`. Losses in nats for a datum, lower is better; "
-        "means and standard errors over seeds.",
+        f"From `results/{NAME}.json`, by `python -m benchmarks.defaults`, of whose {len(jobs(SEEDS, ()))} runs "
+        f"{sum(_key(*job[1:]) in result['runs'] for job in jobs(SEEDS, ()))} are recorded. Losses in nats for a datum, "
+        "lower is better; means, and standard errors where there are several seeds.",
         "",
         "## The default decoder and an MLP of its size, on test data",
         "",
@@ -320,7 +321,7 @@ def tables(result: Mapping[str, Any]) -> str:
             if values and ignoring and losses["MLP"][t]:
                 regrets.append((values[0] - best[t]) / (ignoring[0] - losses["MLP"][t][0]))
         cells = [f"{values[0]:.2f}" if values else "" for values in of_task.values()]
-        lines.append(_row([variant, *cells, f"{100 * max(regrets):.1f} %" if regrets else ""]))
+        lines.append(_row([variant, *cells, f"{100 * max(regrets):.1f} %" if len(regrets) == len(FACTORS) else ""]))
     rates = ("0.001", "0.01")
     heads = [f"{name}, rate {rate}" for name in PAIRS for rate in rates]
     lines += [

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import re
 import time
 
 import pytest
 import torch
 
-from benchmarks import memory, peers, plots, record, suite, timing
+import ilvae_fast as il
+from benchmarks import defaults, fits, memory, peers, plots, record, suite, timing
 from benchmarks.__main__ import again_when_calm, check, failures, milliseconds, timed
 from benchmarks.peers import PEERS, Problem
+from benchmarks.record import RESULTS
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -129,3 +133,30 @@ def test_a_result_names_its_commit_where_there_is_no_git(monkeypatch, said):
     if said:
         monkeypatch.setenv("ILVAE_FAST_COMMIT", said)
     assert record.provenance()["commit"] == (said or "unknown")
+
+
+# studies
+
+
+def test_the_page_of_defaults_is_that_of_its_results():
+    result = json.loads((RESULTS / "defaults.json").read_text())
+    assert (RESULTS / "defaults.md").read_text() == defaults.tables(result)
+
+
+def test_recorded_studies_name_no_folder_of_a_machine():
+    for name in ("defaults", "advice"):
+        command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
+        assert re.fullmatch(r"python -m benchmarks\.\w+ --data-root DATA( --\w.*)?", command), command
+
+
+def test_every_run_of_the_study_builds_its_decoder():
+    for name, task in defaults.TASKS.items():
+        x = torch.zeros(2, 30, dtype=torch.long if task.likelihood == "categorical" else torch.float32)
+        for variant, decoder in defaults.DECODERS.items():
+            fields = {"decoder": "mlp"} if decoder is None else dict(decoder.fields)
+            if decoder is not None and decoder.options:
+                fields["decoder_options"] = decoder.options
+            config = fits.configuration(task, fits.Parts(x, x, x), 0.5, **fields)
+            assert config.decoder == ("mlp" if variant == "MLP" else "brenier"), name
+    for options in defaults.MAPS.values():
+        il.BrenierMap(2, (4,), **options)
