@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -291,7 +292,7 @@ def tables(result: Mapping[str, Any]) -> str:
         _row(["---"] * 9),
     ]  # fmt: skip
     for name in TASKS:
-        mlp, ours = ((lambda m, v=v: _collect(result, name, v, "test", m)) for v in FINALISTS)  # noqa: B023
+        mlp, ours = (partial(_collect, result, name, variant, "test") for variant in FINALISTS)
         if not ours("nll"):
             continue
         constants = [r["L"] for k, r in result["runs"].items() if k.startswith(f"{name} / default")]

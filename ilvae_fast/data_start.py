@@ -32,14 +32,18 @@ def start_from_data_(decoder: BrenierDecoder, x: Tensor, likelihood: str | Likel
         scores = likelihood.score(x, wanted.to(x.dtype if x.is_floating_point() else torch.float32)).float()
         decoder.raw_embedding.copy_(_principal_directions(scores, decoder.latent_dim))
     z = fixed_normal(_LATENTS, decoder.latent_dim).to(weight)
-    response = torch.ones_like(weight[-1])
+
+    def gap() -> Tensor:
+        return wanted.to(weight.dtype) - decoder(z).flatten(1).mean(0)
+
+    response, missing = torch.ones_like(weight[-1]), gap()
     for _ in range(_ITERATIONS):
-        missing = wanted.to(weight.dtype) - decoder(z).flatten(1).mean(0)
         if float(missing.abs().max()) <= 1e-3 * (1 + float(wanted.abs().max())):
             break
         weight[-1] += missing / response
-        moved = wanted.to(weight.dtype) - decoder(z).flatten(1).mean(0)
-        response = (response * (1 - moved / missing.where(missing != 0, 1.0))).clamp(min=0.1)
+        left = gap()
+        response = (response * (1 - left / missing.where(missing != 0, 1.0))).clamp(min=0.1)
+        missing = left
 
 
 def _rows(decoder: BrenierDecoder, x: Tensor, likelihood: Likelihood) -> Tensor:
