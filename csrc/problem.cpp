@@ -1,9 +1,5 @@
 #include "problem.h"
 
-#if defined(ILVAE_CUDA)
-#include "cuda/fused_route.h"
-#endif
-
 #include <cmath>
 
 namespace ilvae {
@@ -28,7 +24,7 @@ void check_like_x(const char* name, const at::Tensor& t, const at::Tensor& x) {
 
 }  // namespace
 
-void Arguments::check() const {
+void Operands::check() const {
   const auto dtype = x.scalar_type();
   const bool half = !x.is_cpu();  // float16 too (fake tensors are on no device at all)
   TORCH_CHECK_VALUE(
@@ -70,10 +66,11 @@ void Arguments::check() const {
   const auto width = skip_weight.sym_size(1);
   TORCH_CHECK_VALUE(width > 0, "skip_weight: got shape ", shape(skip_weight), ", wanted at least one column");
   const auto input = x.sym_size(-1);
-  if (embedding.defined()) {
-    check_like_x("embedding", embedding, x);
-    TORCH_CHECK_VALUE(embedding.dim() == 2 && embedding.sym_size(0) == width && embedding.sym_size(1) == input,
-                      "embedding: got shape ", shape(embedding), ", wanted (", width, ", ", input,
+  if (embedding) {
+    const auto& b = *embedding;
+    check_like_x("embedding", b, x);
+    TORCH_CHECK_VALUE(b.dim() == 2 && b.sym_size(0) == width && b.sym_size(1) == input,
+                      "embedding: got shape ", shape(b), ", wanted (", width, ", ", input,
                       "), the widths of skip_weight and x");
   } else {
     TORCH_CHECK_VALUE(input <= width, "x: got shape ", shape(x), ", wanted at most ", width,
@@ -100,7 +97,33 @@ void Arguments::check() const {
   }
 }
 
-void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<c10::SymInt> last) const {
+void Operands::check_wanted(int64_t wanted) const {
+  const auto count = gradients();
+  TORCH_CHECK_VALUE(count < 63 && wanted >= 0 && wanted < (int64_t(1) << count), "wanted: got ", wanted,
+                    ", wanted a bit for each of ", count, " gradients");
+  TORCH_CHECK_VALUE(dense() || !((wanted >> grad_embedding) & 1),
+                    "wanted: got the gradient of an embedding, wanted none: there is no embedding");
+}
+
+const at::Tensor& Operands::operator[](size_t i) const {
+  static const at::Tensor none;
+  switch (i) {
+    case grad_x:
+      return x;
+    case grad_skip_weight:
+      return skip_weight;
+    case grad_bias:
+      return bias;
+    case grad_inverse_lipschitz:
+      return inverse_lipschitz;
+    case grad_embedding:
+      return embedding ? *embedding : none;
+    default:
+      return weights[i - grad_weights];
+  }
+}
+
+void Operands::check_rows(const char* name, const at::Tensor& t, std::optional<c10::SymInt> last) const {
   auto wanted = x.sym_sizes().slice(0, x.dim() - 1).vec();
   if (last) wanted.push_back(*last);
   const auto print = [&] {
@@ -116,31 +139,7 @@ void Arguments::check_rows(const char* name, const at::Tensor& t, std::optional<
   TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(wanted), name, ": got shape ", shape(t), ", wanted ", print());
 }
 
-Choice choice_of(const at::Tensor& x, [[maybe_unused]] const at::Tensor& skip_weight, at::TensorList weights,
-                 [[maybe_unused]] bool dense, at::ScalarType operand, int64_t route, std::optional<bool> recompute) {
-  TORCH_CHECK_VALUE(route >= 0 && route <= int64_t(Route::fused), "route: got code ", route, ", wanted 0 to ",
-                    int64_t(Route::fused));
-  // a fake tensor does not know its device here: autograd has settled the route where it did
-  if (x.is_meta() && route != 0) return {static_cast<Route>(route), recompute.value_or(false), "asked for"};
-  Layers layers;
-  // before check() under autograd, which then says what is wrong with them
-  const auto columns = [](const at::Tensor& t) {
-    return t.dim() == 2 ? t.sym_size(1).guard_int(__FILE__, __LINE__) : 0;
-  };
-  layers.widths.reserve(weights.size());
-  for (const auto& w : weights) layers.widths.push_back(columns(w));
-  layers.full_precision = operand == at::kFloat || operand == at::kDouble;
-#if defined(ILVAE_CUDA)
-  layers.cuda = x.is_cuda();
-  if (layers.cuda) layers.fit = cuda::fit(x.device(), layers.widths, columns(skip_weight), dense, operand);
-#endif
-  auto choice = choose(layers, static_cast<Route>(route), recompute);
-  TORCH_CHECK_VALUE(route == 0 || int64_t(choice.route) == route, "route: got fused, wanted matmul for products in ",
-                    operand, layers.cuda ? " on this device: " + layers.fit.refusal : "");
-  return choice;
-}
-
-Problem::Problem(const Arguments& c)
+Problem::Problem(const Operands& c)
     : operand(c.output_dtype()),
       real(operand == at::kBFloat16 || operand == at::kHalf ? at::kFloat : operand),
       output(operand),
@@ -150,7 +149,7 @@ Problem::Problem(const Arguments& c)
       bias(in_dtype(c.bias, real).contiguous()),
       output_weight(in_dtype(c.weights.back(), real).contiguous()),
       inverse_lipschitz(in_dtype(c.inverse_lipschitz, real)),
-      embedding(c.embedding) {
+      embedding(c.embedding.value_or(at::Tensor())) {
   rows = 1;
   for (int64_t i = 0; i + 1 < c.x.dim(); ++i) rows *= c.x.size(i);
   x = c.x.dim() == 2 ? c.x : c.x.reshape({rows, input});

@@ -1,4 +1,5 @@
-// One potential and its batch as tensors: the arguments that all operators share, checked and measured once.
+// One potential and its batch: the operands that all operators share, their checks, and the form the routes compute
+// with.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,42 +14,56 @@
 
 namespace ilvae {
 
-// Position of a gradient in the results of training_terms; those of the weights follow.
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
+using Floats = at::ArrayRef<double>;
+
+// The order in which tensors travel through gradients and autograd; the weights follow.
 enum Gradient : size_t { grad_x, grad_skip_weight, grad_bias, grad_inverse_lipschitz, grad_embedding, grad_weights };
 // Two cotangents and all of these have bits in an integer.
 inline constexpr int64_t max_layers = 55;
 
-// One element for each layer; networks of usual depth need no allocation, of which a small call could make dozens.
+// Which gradients are wanted: bit i for gradient i.
+struct Gradients {
+  int64_t bits = 0;
+  size_t count = 0;
+  bool operator[](size_t i) const { return (bits >> i) & 1; }
+};
+
+// One element for each layer. Networks of usual depth need no allocation, of which a small call could make dozens.
 template <class T>
 using PerLayer = c10::SmallVector<T, 4>;
 
-// The operands of an operator as they came; `embedding` undefined: none, or the padded identity where x is narrower
-// than skip_weight.
-struct Arguments {
-  at::Tensor x;                     // (..., m)
-  at::Tensor skip_weight;           // (S+1, d)
-  at::Tensor bias;                  // (S+1)
-  std::vector<at::Tensor> weights;  // W_2 .. W_K, w
-  at::Tensor inverse_lipschitz;     // (1), float32 or float64
-  at::Tensor embedding;             // B (d, m) or undefined
-  at::IntArrayRef activations;      // ActivationKind of the K hidden layers and the output
-  at::ArrayRef<double> activation_parameters;
-  std::optional<at::ScalarType> product_dtype;  // operands of matrix products, where not the dtype of x (autocast)
+// The operands of a call, as the dispatcher passes them; they live as long as the call.
+struct Operands {
+  const at::Tensor& x;                  // (..., m)
+  const at::Tensor& skip_weight;        // (S+1, d)
+  const at::Tensor& bias;               // (S+1)
+  at::TensorList weights;               // W_2 .. W_K, w
+  const at::Tensor& inverse_lipschitz;  // (1), float32 or float64
+  const OptionalTensor& embedding;      // B (d, m); none: the identity, padded where x is narrower than skip_weight
+  at::IntArrayRef activations;          // ActivationKind of the K hidden layers and the output
+  Floats activation_parameters;         // (K+1)
+  OptionalType product_dtype;           // of the operands of matrix products, where not that of x (autocast)
+  int64_t route;                        // a Route of core/plan.h
 
-  // Raises ValueError or TypeError, naming the argument, before any work. Works on symbolic shapes too.
+  // Raises ValueError, naming the argument, before any work. Works on symbolic shapes too.
   void check() const;
   // Checks that `t` has the leading dimensions of x and then, if given, `last`.
   void check_rows(const char* name, const at::Tensor& t, std::optional<c10::SymInt> last) const;
+  // Checks the bits of `wanted`, one for each gradient.
+  void check_wanted(int64_t wanted) const;
+
   int64_t width() const { return skip_weight.size(1); }
+  bool dense() const { return embedding.has_value(); }
   at::ScalarType output_dtype() const { return product_dtype.value_or(x.scalar_type()); }
+  size_t gradients() const { return grad_weights + weights.size(); }
+  // The tensor that gradient i is of; undefined for an embedding that is not there.
+  const at::Tensor& operator[](size_t i) const;
 };
 
-// Which route a call takes, and whether its backward pass recomputes.
-Choice choice_of(const at::Tensor& x, const at::Tensor& skip_weight, at::TensorList weights, bool dense,
-                 at::ScalarType operand, int64_t route, std::optional<bool> recompute);
-
 // As Tensor::to and at::empty, but past the dispatcher where it has nothing to decide: with small networks its calls,
-// not the arithmetic, are the time.
+// not the arithmetic, take the time.
 inline at::Tensor in_dtype(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
@@ -57,9 +72,9 @@ inline at::Tensor allocate(const at::Tensor& like, at::IntArrayRef sizes, at::Sc
                        : at::empty(sizes, like.options().dtype(dtype));
 }
 
-// The same in the form the routes compute with: rows flattened, sizes counted, parameters converted.
+// The same operands as the routes compute with them: rows flattened, sizes counted, parameters converted.
 struct Problem {
-  explicit Problem(const Arguments& arguments);
+  explicit Problem(const Operands& operands);
 
   at::ScalarType operand;  // enters matrix products: float64, float32, bfloat16 or float16
   at::ScalarType real;     // all other arithmetic, and what products accumulate in: float64 or float32

@@ -3,8 +3,11 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
+
+#include "core/layout.h"
 
 namespace ilvae {
 
@@ -18,41 +21,57 @@ struct Fit {
   std::string how;      // how they do it
 };
 
-// What the choice of a route depends on: not the batch, so that a compiled region can leave that open.
+// What the choice of a route depends on. With autograd that is not the batch, so that a compiled region can leave it
+// open.
 struct Layers {
-  std::vector<int64_t> widths;  // n_1 .. n_K
-  bool full_precision = true;   // operands of products in float32 or float64
-  bool cuda = false;            // on a CUDA device, with
-  Fit fit;
+  std::span<const int64_t> widths;  // n_1 .. n_K
+  bool full_precision = true;       // operands of products in float32 or float64
+  bool cuda = false;                // on a CUDA device, with
+  Fit fit = {};
 };
 
 struct Choice {
   Route route;
-  bool recompute;  // nothing is saved between forward and backward but inputs
-  std::string reason;
+  bool recompute;      // nothing is saved between forward and backward but inputs
+  bool asked = false;  // the caller named the route
+  std::string reason;  // on CUDA devices; words() has the others, which a call does not build
 };
 
 // Above this many hidden weights recomputing the sweep costs more than saving it is worth (benchmarks/NOTES.md).
 inline constexpr int64_t recompute_weights = 8192;
 
-// On the CPU the map alone of so few rows of a network with so many parameters only streams the weights, which all
-// threads do faster together, one product after the other: without autograd it takes the matmul route.
+// The map alone, without autograd, of so few rows of a network with so many parameters only streams the weights. On the
+// CPU all threads do that faster together, one product after the other: it takes the matmul route.
 inline bool few_rows(int64_t rows, int64_t parameters) { return rows <= 8 && parameters >= (int64_t(1) << 17); }
 
+// The elements of W_2 .. W_K.
+inline int64_t hidden_weights(std::span<const int64_t> widths) {
+  int64_t count = 0;
+  for (size_t k = 1; k < widths.size(); ++k) count += widths[k] * widths[k - 1];
+  return count;
+}
+
 inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> recompute) {
-  int64_t hidden = 0;
-  for (size_t k = 1; k < layers.widths.size(); ++k) hidden += layers.widths[k] * layers.widths[k - 1];
-  if (wanted == Route::matmul) return {wanted, recompute.value_or(false), "asked for"};
+  const bool asked = wanted != Route::automatic;
+  if (wanted == Route::matmul) return {wanted, recompute.value_or(false), asked, {}};
   if (layers.cuda) {
     const auto& fit = layers.fit;
-    const auto& against = fit.refusal.empty() && wanted == Route::automatic ? fit.slower : fit.refusal;
-    if (!against.empty()) return {Route::matmul, recompute.value_or(false), against};
-    return {Route::fused, true, wanted == Route::fused ? "asked for; " + fit.how : fit.how};
+    const auto& against = fit.refusal.empty() && !asked ? fit.slower : fit.refusal;
+    if (!against.empty()) return {Route::matmul, recompute.value_or(false), false, against};
+    return {Route::fused, true, asked, fit.how};
   }
-  if (!layers.full_precision)
-    return {Route::matmul, recompute.value_or(false), "bfloat16 products have units of their own"};
-  return {Route::fused, recompute.value_or(hidden <= recompute_weights),
-          wanted == Route::fused ? "asked for" : "float32 and float64 on the CPU"};
+  if (!layers.full_precision) return {Route::matmul, recompute.value_or(false), false, {}};
+  return {Route::fused, recompute.value_or(hidden_weights(layers.widths) <= recompute_weights), asked, {}};
+}
+
+// Why a choice is as it is.
+inline std::string words(const Choice& choice) {
+  std::string reason = choice.reason;
+  if (reason.empty() && !choice.asked) {
+    reason = choice.route == Route::fused ? "float32 and float64 on the CPU" : "bfloat16 products have units of their own";
+  }
+  if (!choice.asked) return reason;
+  return reason.empty() ? "asked for" : "asked for; " + reason;
 }
 
 struct Shape {
@@ -83,7 +102,7 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   const auto choice = choose({s.widths, s.operand_bytes >= 4, s.cuda, s.fit}, wanted, recompute);
   Plan p;
   p.route = choice.route == Route::fused ? "fused" : "matmul";
-  p.reason = choice.reason;
+  p.reason = words(choice);
   p.recompute = choice.recompute;
   if (wanted == Route::automatic && choice.route == Route::fused && !s.cuda &&
       few_rows(s.rows, hidden + s.width * (units + 1))) {
@@ -98,7 +117,8 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
     p.training_flops += p.map_flops;
   } else {
     const bool fused = choice.route == Route::fused;
-    const int64_t rows = fused ? (s.rows + 15) / 16 * 16 : s.rows, columns = fused ? units + 1 : (units + 8) / 8 * 8;
+    const int64_t rows = fused ? padded_rows(s.rows) : s.rows;
+    const int64_t columns = fused ? units + 1 : padded_units(units);
     p.saved_bytes = (s.cuda ? s.operand_bytes : s.real_bytes) * rows * (columns + units - s.widths.back()) +
                     (s.dense ? s.operand_bytes * (units + 1) * s.input : 0);
   }

@@ -15,13 +15,6 @@ struct RowKernels {
   void (*down)(const HiddenLayer<Real, Operand>&, int64_t begin, int64_t end);
 };
 
-// Non-negative weights from n raw ones, and gradients of the raw ones.
-template <class T>
-struct WeightKernels {
-  void (*softplus)(T* weight, const T* raw, int64_t n);
-  void (*softplus_backward)(T* gradient, const T* raw, const T* cotangent, int64_t n);
-};
-
 struct AllKernels {
   RowKernels<double, double> float64;
   RowKernels<float, float> float32;

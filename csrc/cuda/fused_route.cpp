@@ -6,9 +6,11 @@
 
 #include "cuda/fused_shapes.h"
 #include "cuda/tensors.h"
-#include "products.h"
+#include "matmul/products.h"
 
 namespace ilvae::cuda {
+
+int64_t most_stacked_bytes = int64_t(256) << 20;
 
 namespace {
 
@@ -44,7 +46,7 @@ Array from_row(Array a, int64_t start) {
 // The call for the kernels, and the tensors that it points to. Kernels convert what they read, but see keep().
 class Prepared {
  public:
-  explicit Prepared(const Arguments& c)
+  explicit Prepared(const ilvae::Operands& c)
       : kind_(operands_of(c.output_dtype())), device_(limits(c.x.device())), options_(c.x.options()) {
     call.layers = int32_t(c.weights.size());
     call.width = int32_t(c.width());
@@ -115,10 +117,6 @@ class Prepared {
   std::vector<Tensor> kept_;
 };
 
-// The rows of a batch at a time, so that the operands of the products that end the training terms with streamed weights
-// stay within this.
-constexpr int64_t most_stacked_bytes = int64_t(256) << 20;
-
 // A sum of products over chunks of rows: in the type of the gradient where there is one chunk, else in float32.
 Tensor sum_of_products(const Tensor& gradient, bool one) {
   return one || gradient.scalar_type() == at::kFloat
@@ -127,7 +125,7 @@ Tensor sum_of_products(const Tensor& gradient, bool one) {
 }
 
 // The sweep with streamed weights and the products that follow it; returns the blocks' sums of all other gradients.
-Tensor streamed_training_terms(Prepared& fused, const Arguments& c, const std::vector<Tensor>& result, int& parts) {
+Tensor streamed_training_terms(Prepared& fused, const ilvae::Operands& c, const std::vector<Tensor>& result, int& parts) {
   auto& call = fused.call;
   const int layers = call.layers;
   const int64_t below = call.units - call.widths[layers - 1];  // columns of h
@@ -198,34 +196,28 @@ Tensor streamed_training_terms(Prepared& fused, const Arguments& c, const std::v
   return partial;
 }
 
-}  // namespace
-
-Fit fit(at::Device device, const std::vector<int64_t>& widths, int64_t width, bool dense, at::ScalarType operand) {
-  return fused_fit(operands_of(operand), operand == at::kDouble, dense, widths, width, limits(device).shared_bytes);
-}
-
-matmul::Values fused_potential_and_map(const Arguments& c, bool want_potential, bool want_map) {
-  matmul::Values values;
+Values potential_and_map(const ilvae::Operands& c, const MapWanted& wanted) {
+  Values values;
   Prepared fused(c);
   auto& call = fused.call;
   const auto make = [&](at::IntArrayRef sizes) { return at::empty(sizes, c.x.options().dtype(c.output_dtype())); };
-  if (want_potential) values.potential = make({call.rows});
-  if (want_map) values.map = make({call.rows, call.width});
-  if (call.rows == 0 || (!want_potential && !want_map)) return values;
-  call.potential = want_potential ? values.potential.data_ptr() : nullptr;
-  call.map = want_map ? values.map.data_ptr() : nullptr;
-  call.output = dtype_of(want_map ? values.map : values.potential);
+  if (wanted.potential) values.potential = make({call.rows});
+  if (wanted.map) values.map = make({call.rows, call.width});
+  if (call.rows == 0 || (!wanted.potential && !wanted.map)) return values;
+  call.potential = wanted.potential ? values.potential.data_ptr() : nullptr;
+  call.map = wanted.map ? values.map.data_ptr() : nullptr;
+  call.output = dtype_of(wanted.map ? values.map : values.potential);
   fused.choose(/*training=*/false);
   fused.blocks();
   fused.launch();
   return values;
 }
 
-std::vector<Tensor> fused_training_terms(const Arguments& c, const Tensor& v, const Tensor& u,
-                                         const std::vector<bool>& wanted) {
+std::vector<Tensor> training_terms(const ilvae::Operands& c, const Cotangents& cotangents, const Gradients& wanted) {
+  const auto& [v, u, saved] = cotangents;
   Prepared fused(c);
   auto& call = fused.call;
-  std::vector<Tensor> result(wanted.size());
+  std::vector<Tensor> result(wanted.count);
   const auto make = [&](size_t i, const Tensor& like) {
     if (!wanted[i]) return;
     result[i] = call.rows ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
@@ -269,5 +261,13 @@ std::vector<Tensor> fused_training_terms(const Arguments& c, const Tensor& v, co
   check(launch_reduction(sums, current_stream()), call.rows, call.width);
   return result;
 }
+
+}  // namespace
+
+Fit fit(at::Device device, const std::vector<int64_t>& widths, int64_t width, bool dense, at::ScalarType operand) {
+  return fused_fit(operands_of(operand), operand == at::kDouble, dense, widths, width, limits(device).shared_bytes);
+}
+
+constinit const Implementation fused{potential_and_map, training_terms, nullptr};
 
 }  // namespace ilvae::cuda

@@ -30,7 +30,7 @@ Any matrix(const at::Tensor& t) {
 }
 
 template <class Real>
-void add_quadratic_of(const QuadraticTensors& t) {
+void add_quadratic_of(const ilvae::QuadraticTerm& t) {
   QuadraticTerm<Real> q;
   q.rows = t.x.size(0);
   q.width = t.x.size(1);
@@ -52,7 +52,7 @@ void add_quadratic_of(const QuadraticTensors& t) {
 
 }  // namespace
 
-void add_quadratic(const QuadraticTensors& t) {
+void add_quadratic(const ilvae::QuadraticTerm& t) {
   t.constant.scalar_type() == at::kDouble ? add_quadratic_of<double>(t) : add_quadratic_of<float>(t);
 }
 

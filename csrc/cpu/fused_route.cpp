@@ -1,11 +1,11 @@
-#include "fused_route.h"
+#include "cpu/fused_route.h"
 
 #include <algorithm>
 
 #include "cpu/fused.h"
-#include "products.h"
+#include "matmul/products.h"
 
-namespace ilvae::fused {
+namespace ilvae::cpu {
 
 namespace {
 
@@ -18,10 +18,10 @@ T* pointer(const Tensor& t) {
 
 // The network of a problem for the kernels, and the contiguous tensors that it points to.
 template <class T>
-class Operands {
+class Held {
  public:
   // `embedded_weight`: A B as saved, or undefined
-  Operands(const Problem& p, Tensor embedded_weight)
+  Held(const Problem& p, Tensor embedded_weight)
       : x_(in_dtype(p.x, p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
     if (p.embedding.defined()) {
       embedding_ = in_dtype(p.embedding, p.real).contiguous();
@@ -47,9 +47,9 @@ class Operands {
     network_.weights = weights_.data();
     network_.inverse_lipschitz = *pointer<T>(p.inverse_lipschitz);
   }
-  Operands(const Operands&) = delete;
+  Held(const Held&) = delete;
 
-  const cpu::Network<T>& network() const { return network_; }
+  const Network<T>& network() const { return network_; }
   const Tensor& x() const { return x_; }
   const Tensor& skip_weight() const { return skip_weight_; }
   const Tensor& embedding() const { return embedding_; }
@@ -59,53 +59,53 @@ class Operands {
   Tensor x_, skip_weight_, embedding_, embedded_weight_;
   PerLayer<Tensor> held_;
   PerLayer<const T*> weights_;
-  PerLayer<cpu::HiddenUnits> hidden_;
-  cpu::Network<T> network_;
+  PerLayer<HiddenUnits> hidden_;
+  Network<T> network_;
 };
 
 template <class T>
-Values potential_and_map_of(const Problem& p, bool want_potential, bool want_map, bool save) {
-  const Operands<T> operands(p, {});
+Values potential_and_map_of(const Problem& p, const MapWanted& wanted) {
+  const Held<T> held(p, {});
   Values values;
-  cpu::MapArguments<T> c;
+  MapArguments<T> c;
   c.rows = p.rows;
-  c.x = pointer<T>(operands.x());
-  if (want_potential) values.potential = allocate(p.x, {p.rows}, p.real);
-  if (want_map) values.map = allocate(p.x, {p.rows, p.width}, p.real);
-  if (save) {
-    const auto panels = [&](int64_t units) { return allocate(p.x, {cpu::padded_rows(p.rows), units}, p.real); };
+  c.x = pointer<T>(held.x());
+  if (wanted.potential) values.potential = allocate(p.x, {p.rows}, p.real);
+  if (wanted.map) values.map = allocate(p.x, {p.rows, p.width}, p.real);
+  if (wanted.save) {
+    const auto panels = [&](int64_t units) { return allocate(p.x, {padded_rows(p.rows), units}, p.real); };
     const auto none = [&] { return allocate(p.x, {0}, p.real); };
-    values.saved = {panels(p.units + 1), want_map ? panels(p.units - p.widths.back()) : none(),
-                    p.embedding.defined() ? operands.embedded_weight() : none()};
+    values.saved = {panels(p.units + 1), wanted.map ? panels(p.units - p.widths.back()) : none(),
+                    p.embedding.defined() ? held.embedded_weight() : none()};
     c.preactivations = pointer<T>(values.saved[0]);
-    if (want_map) c.adjoints = pointer<T>(values.saved[1]);
+    if (wanted.map) c.adjoints = pointer<T>(values.saved[1]);
   }
   c.potential = pointer<T>(values.potential);
   c.map = pointer<T>(values.map);
-  cpu::fused_map(operands.network(), c);
+  fused_map(held.network(), c);
   return values;
 }
 
 template <class T>
-std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, const Tensor& u_any, at::TensorList saved,
-                                      const std::vector<bool>& wanted) {
+std::vector<Tensor> training_terms_of(const Problem& p, const Cotangents& cotangents, const Gradients& wanted) {
+  const auto& [v_any, u_any, saved] = cotangents;
   const bool tangent = v_any.defined(), dense = p.embedding.defined();
   const auto v = tangent ? in_dtype(v_any, p.real).contiguous() : Tensor();
   const auto u = u_any.defined() ? in_dtype(u_any, p.real).contiguous() : Tensor();
-  const Operands<T> operands(p, saved.empty() || !dense ? Tensor() : saved[2]);
-  std::vector<Tensor> result(wanted.size());
+  const Held<T> held(p, saved.empty() || !dense ? Tensor() : saved[2]);
+  std::vector<Tensor> result(wanted.count);
   const auto make = [&](size_t i, at::IntArrayRef sizes) {
     // kernels write every element, unless there is no row to sum over
     result[i] = p.rows ? allocate(p.x, sizes, p.real) : at::zeros(sizes, p.options(p.real));
     return pointer<T>(result[i]);
   };
 
-  cpu::TrainingArguments<T> c;
-  cpu::ParameterGradients<T> gradients;
+  TrainingArguments<T> c;
+  ParameterGradients<T> gradients;
   PerLayer<T*> weight_gradients(p.layers());
   gradients.weights = weight_gradients.data();
   c.rows = p.rows;
-  c.x = pointer<T>(operands.x());
+  c.x = pointer<T>(held.x());
   c.map_cotangent = pointer<T>(v);
   c.potential_cotangent = pointer<T>(u);
   if (!saved.empty()) {
@@ -136,16 +136,16 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, con
       gradients.skip_weight = make(grad_skip_weight, {p.units + 1, p.width});
     }
   }
-  cpu::fused_training_terms(operands.network(), c, gradients);
+  fused_training_terms(held.network(), c, gradients);
 
   // With a dense embedding: grad_A += D'^T x B^T ; grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
-  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, operands.embedding().t().contiguous());
+  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, held.embedding().t().contiguous());
   if (wanted[grad_embedding]) {
-    auto gradient = thin_product(operands.skip_weight().t(), narrow, p.real);
-    const auto& x = operands.x();
+    auto gradient = thin_product(held.skip_weight().t(), narrow, p.real);
+    const auto& x = held.x();
     if (tangent) gradient.add_(thin_product(v.t(), x, p.real) * p.inverse_lipschitz);
     if (u.defined()) {
-      gradient.add_(at::mm(operands.embedding(), at::mm(x.t(), x * u.unsqueeze(1))) * p.inverse_lipschitz);
+      gradient.add_(at::mm(held.embedding(), at::mm(x.t(), x * u.unsqueeze(1))) * p.inverse_lipschitz);
     }
     result[grad_embedding] = gradient;
   }
@@ -154,34 +154,38 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Tensor& v_any, con
 
 template <class T>
 std::pair<Tensor, Tensor> map_jvp_of(const Problem& p, const Tensor& tangent_any) {
-  const Operands<T> operands(p, {});
+  const Held<T> held(p, {});
   const auto tangent = in_dtype(tangent_any, p.real).contiguous();
   const auto map = allocate(p.x, {p.rows, p.width}, p.real), map_tangent = at::empty_like(map);
-  cpu::JvpArguments<T> c;
+  JvpArguments<T> c;
   c.rows = p.rows;
-  c.x = pointer<T>(operands.x());
+  c.x = pointer<T>(held.x());
   c.tangent = pointer<T>(tangent);
   c.map = pointer<T>(map);
   c.map_tangent = pointer<T>(map_tangent);
-  cpu::fused_jvp(operands.network(), c);
+  fused_jvp(held.network(), c);
   return {map, map_tangent};
+}
+
+// Calls body(problem, T()) with T the real type.
+template <class Body>
+auto in_real(const ilvae::Operands& o, const Body& body) {
+  const Problem p(o);
+  return p.real == at::kDouble ? body(p, double()) : body(p, float());
 }
 
 }  // namespace
 
-Values potential_and_map(const Problem& p, bool want_potential, bool want_map, bool save) {
-  return p.real == at::kDouble ? potential_and_map_of<double>(p, want_potential, want_map, save)
-                               : potential_and_map_of<float>(p, want_potential, want_map, save);
-}
+constinit const Implementation fused{
+    [](const ilvae::Operands& o, const MapWanted& wanted) {
+      return in_real(o, [&]<class T>(const Problem& p, T) { return potential_and_map_of<T>(p, wanted); });
+    },
+    [](const ilvae::Operands& o, const Cotangents& cotangents, const Gradients& wanted) {
+      return in_real(o, [&]<class T>(const Problem& p, T) { return training_terms_of<T>(p, cotangents, wanted); });
+    },
+    [](const ilvae::Operands& o, const Tensor& tangent) {
+      return in_real(o, [&]<class T>(const Problem& p, T) { return map_jvp_of<T>(p, tangent); });
+    },
+};
 
-std::vector<Tensor> training_terms(const Problem& p, const Tensor& v, const Tensor& u, at::TensorList saved,
-                                   const std::vector<bool>& wanted) {
-  return p.real == at::kDouble ? training_terms_of<double>(p, v, u, saved, wanted)
-                               : training_terms_of<float>(p, v, u, saved, wanted);
-}
-
-std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
-  return p.real == at::kDouble ? map_jvp_of<double>(p, tangent) : map_jvp_of<float>(p, tangent);
-}
-
-}  // namespace ilvae::fused
+}  // namespace ilvae::cpu

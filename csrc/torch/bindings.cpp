@@ -4,12 +4,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "core/plan.h"
-#include "cpu/instruction_set.h"
-#if defined(ILVAE_CUDA)
-#include "cuda/fused_shapes.h"
-#include "cuda/toolkit.h"
-#endif
-#include "ops.h"
+#include "route.h"
+#include "torch/operators.h"
 
 namespace {
 
@@ -31,6 +27,11 @@ auto function_of(const c10::TypedOperatorHandle<Result(Arguments...)>& op) {
       [&op](typename Held<Arguments>::type... arguments) { return op.call(arguments...); });
 }
 
+template <class Op>
+void define(py::module_& m) {
+  m.def(Op::name, function_of(ilvae::ops::handle<Op>()));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -40,19 +41,18 @@ PYBIND11_MODULE(_C, m) {
     info["torch"] = ILVAE_TORCH_VERSION;
     info["python"] = ILVAE_PYTHON_VERSION;
     info["compiler"] = ILVAE_COMPILER;
-    info["cpu"] = ilvae::cpu::instruction_set();
-#if defined(ILVAE_CUDA)
-    info["cuda"] = ilvae::cuda::toolkit_version();
-    info["cuda_architectures"] = ilvae::cuda::architectures();
-#else
     info["cuda"] = py::none();
     info["cuda_architectures"] = "";
-#endif
+    for (const auto type : {c10::DeviceType::CPU, c10::DeviceType::CUDA}) {
+      const auto* const device = ilvae::find_device(type);
+      if (!device) continue;
+      for (const auto& [name, value] : device->build()) info[py::str(name)] = value;
+    }
     return info;
   });
-  m.def("potential_and_map", function_of(ilvae::ops::potential_and_map()));
-  m.def("training_terms", function_of(ilvae::ops::training_terms()));
-  m.def("map_jvp", function_of(ilvae::ops::map_jvp()));
+  define<ilvae::ops::PotentialAndMap>(m);
+  define<ilvae::ops::TrainingTerms>(m);
+  define<ilvae::ops::MapJvp>(m);
   m.def("softplus", function_of(ilvae::ops::softplus()));
   py::class_<ilvae::Plan>(m, "Plan")
       .def_readonly("route", &ilvae::Plan::route)
@@ -63,17 +63,13 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
   m.def("plan", [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense,
                    int64_t real_bytes, int64_t operand_bytes, int route, std::optional<bool> recompute,
-                   int64_t cuda_shared_bytes, [[maybe_unused]] bool tf32) {
+                   int64_t cuda_shared_bytes, bool tf32) {
     ilvae::Shape shape{rows, input, width, std::move(widths), dense, real_bytes, operand_bytes};
     shape.cuda = cuda_shared_bytes > 0;
-#if defined(ILVAE_CUDA)
-    if (shape.cuda) {
-      const auto kind = operand_bytes == 2 ? ilvae::cuda::Operands::bfloat16
-                        : tf32             ? ilvae::cuda::Operands::tf32
-                                           : ilvae::cuda::Operands::tf32x3;
-      shape.fit = ilvae::cuda::fused_fit(kind, operand_bytes == 8, dense, shape.widths, width, cuda_shared_bytes);
+    const auto* const device = ilvae::find_device(c10::DeviceType::CUDA);
+    if (shape.cuda && device) {
+      shape.fit = device->fit_within(cuda_shared_bytes, shape.widths, width, dense, operand_bytes, tf32);
     }
-#endif
     return ilvae::plan(shape, static_cast<ilvae::Route>(route), recompute);
   });
 }

@@ -3,10 +3,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "batched.h"
-#include "cpu/pointwise.h"
-#include "ops.h"
-#include "problem.h"
+#include "route.h"
+#include "torch/batching.h"
+#include "torch/operators.h"
 
 namespace ilvae::ops {
 
@@ -36,32 +35,36 @@ void check_cotangents(at::TensorList raw, at::TensorList cotangents) {
   }
 }
 
+// Calls body(kernels, T()) with those of the device of `t` for its type T.
 template <class Body>
-void for_real(const Tensor& t, const Body& body) {
-  t.scalar_type() == at::kDouble ? body(double()) : body(float());
+void with_kernels(const Tensor& t, const Body& body) {
+  const auto& device = registered_device(t);
+  t.scalar_type() == at::kDouble ? body(device.weights_float64, double()) : body(device.weights_float32, float());
 }
 
-std::vector<Tensor> softplus_cpu(at::TensorList raw) {
+std::vector<Tensor> run_softplus(at::TensorList raw) {
   check(raw);
   std::vector<Tensor> weights;
   weights.reserve(raw.size());
   for (const auto& r : raw) {
     const auto from = r.contiguous();
     const auto& to = weights.emplace_back(allocate(r, r.sizes(), r.scalar_type()));
-    for_real(r, [&]<class T>(T) { cpu::softplus<T>(to.data_ptr<T>(), from.data_ptr<T>(), r.numel()); });
+    with_kernels(r, [&]<class T>(const WeightKernels<T>& kernels, T) {
+      kernels.softplus(to.data_ptr<T>(), from.data_ptr<T>(), r.numel());
+    });
   }
   return weights;
 }
 
-std::vector<Tensor> softplus_backward_cpu(at::TensorList raw, at::TensorList cotangents) {
+std::vector<Tensor> run_softplus_backward(at::TensorList raw, at::TensorList cotangents) {
   check_cotangents(raw, cotangents);
   std::vector<Tensor> gradients;
   gradients.reserve(raw.size());
   for (size_t k = 0; k < raw.size(); ++k) {
     const auto from = raw[k].contiguous(), cotangent = cotangents[k].contiguous();
     const auto& to = gradients.emplace_back(allocate(from, from.sizes(), from.scalar_type()));
-    for_real(from, [&]<class T>(T) {
-      cpu::softplus_backward<T>(to.data_ptr<T>(), from.data_ptr<T>(), cotangent.data_ptr<T>(), from.numel());
+    with_kernels(from, [&]<class T>(const WeightKernels<T>& kernels, T) {
+      kernels.softplus_backward(to.data_ptr<T>(), from.data_ptr<T>(), cotangent.data_ptr<T>(), from.numel());
     });
   }
   return gradients;
@@ -131,8 +134,8 @@ TORCH_LIBRARY_FRAGMENT(ilvae_fast, m) {
 }
 
 TORCH_LIBRARY_IMPL(ilvae_fast, CPU, m) {
-  m.impl("softplus", softplus_cpu);
-  m.impl("softplus_backward", softplus_backward_cpu);
+  m.impl("softplus", run_softplus);
+  m.impl("softplus_backward", run_softplus_backward);
 }
 
 TORCH_LIBRARY_IMPL(ilvae_fast, Meta, m) {

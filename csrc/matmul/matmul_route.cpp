@@ -1,13 +1,8 @@
-#include "matmul_route.h"
+#include "matmul/matmul_route.h"
 
 #include <algorithm>
-#include <type_traits>
 
-#include "cpu/pointwise.h"
-#include "products.h"
-#if defined(ILVAE_CUDA)
-#include "cuda/pointwise_tensors.h"
-#endif
+#include "matmul/products.h"
 
 namespace ilvae::matmul {
 
@@ -15,12 +10,12 @@ namespace {
 
 using at::Tensor;
 
-// The type in which products leave pre-activations and adjoints: on CUDA devices that of the operands, which halves
-// what the pointwise kernels move.
-at::ScalarType stored(const Problem& p) { return p.x.is_cuda() ? p.operand : p.real; }
+// The type in which products leave pre-activations and adjoints. That of the operands halves what the pointwise kernels
+// move.
+at::ScalarType stored(const Problem& p) { return registered_device(p.x).stores_operands ? p.operand : p.real; }
 
-// The types of the results, before ops.cpp gives them those of their arguments: on CUDA devices at once.
-at::ScalarType result_type(const Problem& p) { return p.x.is_cuda() ? p.x.scalar_type() : p.real; }
+// The type of the results: that of the arguments at once where products can leave it.
+at::ScalarType result_type(const Problem& p) { return registered_device(p.x).stores_operands ? p.x.scalar_type() : p.real; }
 
 template <class T>
 Matrix<T> view(const Tensor& t) {
@@ -29,32 +24,21 @@ Matrix<T> view(const Tensor& t) {
   return {static_cast<Stored*>(t.data_ptr()), t.stride(0)};
 }
 
-// The kernels of the device of `t`.
-template <class Real, class Operand, class Stored>
-const PointwiseKernels<Real, Operand, Stored>& kernels_for(const Tensor& t) {
-#if defined(ILVAE_CUDA)
-  if constexpr (std::is_same_v<Stored, Operand>) {
-    if (t.is_cuda()) return cuda::pointwise_kernels<Real, Operand>();
-  }
-#endif
-  TORCH_INTERNAL_ASSERT(t.is_cpu(), "no pointwise kernels for ", t.device());
-  if constexpr (std::is_same_v<Stored, Real>) return cpu::pointwise_kernels<Real, Operand>();
-  TORCH_INTERNAL_ASSERT(false);
-}
-
-// Calls body.operator()<Real, Operand, Stored>() with the types of the problem.
+// Calls body(kernels) with the pointwise kernels for the types of the problem.
 template <class Body>
-void for_types(const Problem& p, const Body& body) {
-  if (p.operand == at::kDouble) return body.template operator()<double, double, double>();
-  if (p.operand == at::kFloat) return body.template operator()<float, float, float>();
-#if defined(ILVAE_CUDA)
-  if (p.x.is_cuda() && p.operand == at::kHalf) return body.template operator()<float, float16, float16>();
-  if (p.x.is_cuda()) return body.template operator()<float, bfloat16, bfloat16>();
-#endif
-  body.template operator()<float, bfloat16, float>();
+void with_kernels(const Problem& p, const Body& body) {
+  const auto& table = registered_device(p.x).pointwise;
+  const auto run = [&](const auto* kernels) {
+    TORCH_INTERNAL_ASSERT(kernels, "no pointwise kernels for ", p.operand, " on ", p.x.device());
+    body(*kernels);
+  };
+  if (p.operand == at::kDouble) return run(table.float64);
+  if (p.operand == at::kFloat) return run(table.float32);
+  if (p.operand == at::kHalf) return run(table.float16_stored);
+  return table.bfloat16_stored ? run(table.bfloat16_stored) : run(table.bfloat16_stored_in_float32);
 }
 
-// The sweeps of the design through the hidden layers. With a tangent, stacks have 2N rows:
+// The sweeps through the hidden layers (docs/mathematics.md). With a tangent, stacks have 2N rows:
 //   a = [a; a'] , h = [h; h'] , d = [D'; D] , g = [g'; g],
 // the order in which one product with stacked operands is a two-term weight gradient. Without, they have N rows: D, or,
 // with a potential cotangent, D'. Matrices `a` and `d` have a column per unit, the output's last; `a` leaves out the
@@ -98,11 +82,11 @@ class Sweep {
       const bool need_h = !complete_ || keep_hidden[l];
       if (!need_h && !tangent_) continue;
       auto h = at::empty({stacks_ * p_.rows, p_.widths[l]}, p_.options(p_.operand));
-      for_types(p_, [&]<class Real, class Operand, class Stored>() {
+      with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
         auto layer = hidden_layer<Real, Operand, Stored>(l);
         if (need_h) layer.h = view<Operand>(h);
         if (tangent_) layer.h_tangent = view<Operand>(h.narrow(0, p_.rows, p_.rows));
-        kernels_for<Real, Operand, Stored>(h).up(layer);
+        kernels.up(layer);
       });
       const auto weight = p_.weights[l].t();
       if (!complete_) {
@@ -125,7 +109,7 @@ class Sweep {
       d_ = unit_columns(d_);
     }
     if (keep_hidden) hidden_[last] = at::empty({stacks_ * p_.rows, p_.widths[last]}, p_.options(p_.operand));
-    for_types(p_, [&]<class Real, class Operand, class Stored>() {
+    with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
       auto layer = hidden_layer<Real, Operand, Stored>(last);
       OutputUnit<Real, Operand, Stored> out;
       out.activation = p_.activations.back();
@@ -146,7 +130,7 @@ class Sweep {
         layer.d_tangent = view<Operand>(d_tangent(last));
         out.d_tangent = view<Operand>(d_tangent(last + 1));
       }
-      kernels_for<Real, Operand, Stored>(a_).turn(layer, out);
+      kernels.turn(layer, out);
     });
   }
 
@@ -171,7 +155,7 @@ class Sweep {
           g = g.narrow(0, p_.rows, p_.rows);
         }
       }
-      for_types(p_, [&]<class Real, class Operand, class Stored>() {
+      with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
         auto layer = hidden_layer<Real, Operand, Stored>(below);
         layer.g = view<const Stored>(g);
         layer.d = view<Operand>(d_primal(below));
@@ -179,7 +163,7 @@ class Sweep {
           layer.g_tangent = view<const Stored>(g_tangent);
           layer.d_tangent = view<Operand>(d_tangent(below));
         }
-        kernels_for<Real, Operand, Stored>(g).down(layer);
+        kernels.down(layer);
       });
     }
   }
@@ -214,49 +198,38 @@ class Sweep {
   std::vector<Tensor> hidden_;
 };
 
-// Whether one kernel adds the whole quadratic term: on CUDA devices, where B is the padded identity.
-bool one_pass(const Problem& p) { return p.x.is_cuda() && !p.embedding.defined(); }
+// Whether one kernel adds the whole quadratic term: where the device has it and B is the padded identity.
+bool one_pass(const Problem& p) { return registered_device(p.x).pointwise.add_quadratic && !p.embedding.defined(); }
 
-#if defined(ILVAE_CUDA)
-cuda::QuadraticTensors quadratic_term(const Problem& p, const Tensor& x) {
-  cuda::QuadraticTensors term;
+// In one pass: T += L B x for the rows x (N, m); phi = G + L/2 |B x|^2 in the type of the output where G is defined.
+void add_to_map(const Problem& p, const Tensor& x, const Tensor& map, Tensor& potential) {
+  QuadraticTerm term;
   term.x = x;
   term.constant = p.inverse_lipschitz;
-  return term;
-}
-#endif
-
-// T += L B x for the rows x (N, m); phi = G + L/2 |B x|^2 in the type of the output where G is defined.
-void add_to_map([[maybe_unused]] const Problem& p, [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& map,
-                [[maybe_unused]] Tensor& potential) {
-#if defined(ILVAE_CUDA)
-  auto term = quadratic_term(p, x);
   term.map = true;
   if (map.defined()) term.y = map.narrow(1, 0, p.input);
   if (potential.defined()) {
     term.potential = potential;
     term.phi = at::empty({p.rows}, p.options(p.output));
   }
-  cuda::add_quadratic(term);
+  registered_device(p.x).pointwise.add_quadratic(term);
   if (potential.defined()) potential = term.phi;
-#endif
 }
 
-// grad_x += L B^T (v + u B x) ; grad_L = sum <v, B x> + u/2 |B x|^2, where they are wanted.
-void add_to_gradients([[maybe_unused]] const Problem& p, [[maybe_unused]] const Tensor& v,
-                      [[maybe_unused]] const Tensor& u, [[maybe_unused]] std::vector<Tensor>& result,
-                      [[maybe_unused]] const std::vector<bool>& wanted) {
-#if defined(ILVAE_CUDA)
+// In one pass: grad_x += L B^T (v + u B x) ; grad_L = sum <v, B x> + u/2 |B x|^2, where they are wanted.
+void add_to_gradients(const Problem& p, const Tensor& v, const Tensor& u, std::vector<Tensor>& result,
+                      const Gradients& wanted) {
   if (!wanted[grad_x] && !wanted[grad_inverse_lipschitz]) return;
-  auto term = quadratic_term(p, p.x);
+  QuadraticTerm term;
+  term.x = p.x;
+  term.constant = p.inverse_lipschitz;
   if (v.defined()) term.v = v.narrow(1, 0, p.input);
   term.u = u;
   if (wanted[grad_x]) term.y = result[grad_x];
   if (wanted[grad_inverse_lipschitz]) {
     term.gradient = result[grad_inverse_lipschitz] = at::empty({1}, p.options(p.real));
   }
-  cuda::add_quadratic(term);
-#endif
+  registered_device(p.x).pointwise.add_quadratic(term);
 }
 
 // The quadratic term L/2 |B x|^2 and its derivatives, in the real type throughout.
@@ -291,44 +264,44 @@ class Quadratic {
   Tensor x_, b_;
 };
 
-}  // namespace
-
-Values potential_and_map(const Problem& p, bool want_potential, bool want_map, bool save) {
+Values potential_and_map(const Operands& o, const MapWanted& wanted) {
+  const Problem p(o);
   Values values;
   Sweep sweep(p, /*tangent=*/false, {});
   const Quadratic quadratic(p);
   sweep.enter(p.x.to(p.operand));
   sweep.up(std::vector<bool>(p.layers(), false));
-  if (want_potential) values.potential = at::empty({p.rows}, p.options(p.real));
-  sweep.turn({}, values.potential, /*keep_hidden=*/false, want_map);
-  if (want_map) {
-    sweep.down(0, save);
+  if (wanted.potential) values.potential = at::empty({p.rows}, p.options(p.real));
+  sweep.turn({}, values.potential, /*keep_hidden=*/false, wanted.map);
+  if (wanted.map) {
+    sweep.down(0, wanted.save);
     values.map = product(sweep.d(), p.skip_weight, one_pass(p) ? p.output : p.real);
   }
   if (one_pass(p)) {
     add_to_map(p, p.x, values.map, values.potential);
   } else {
-    if (want_potential) values.potential.add_(quadratic.squared_norm() * (p.inverse_lipschitz * 0.5));
-    if (want_map) quadratic.add_map(values.map, p.x);
+    if (wanted.potential) values.potential.add_(quadratic.squared_norm() * (p.inverse_lipschitz * 0.5));
+    if (wanted.map) quadratic.add_map(values.map, p.x);
   }
-  if (want_potential) values.potential = values.potential.to(p.output);
-  if (want_map) values.map = values.map.to(p.output);
-  if (save) {
+  if (wanted.potential) values.potential = values.potential.to(p.output);
+  if (wanted.map) values.map = values.map.to(p.output);
+  if (wanted.save) {
     const auto none = [&] { return at::empty({0}, p.options(stored(p))); };
-    values.saved = {sweep.preactivations(), want_map ? sweep.adjoints() : none(),
+    values.saved = {sweep.preactivations(), wanted.map ? sweep.adjoints() : none(),
                     p.embedding.defined() ? sweep.embedded_weight() : none()};
   }
   return values;
 }
 
-std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const Tensor& u_any, at::TensorList saved,
-                                   const std::vector<bool>& wanted) {
+std::vector<Tensor> training_terms(const Operands& o, const Cotangents& cotangents, const Gradients& wanted) {
+  const Problem p(o);
+  const auto& [v_any, u_any, saved] = cotangents;
   const auto layers = p.layers();
   const bool tangent = v_any.defined();
   const Quadratic quadratic(p);
   const auto v = tangent ? (one_pass(p) ? v_any : v_any.to(p.real)) : Tensor();
   const auto u = u_any.defined() ? u_any.to(p.real).contiguous() : Tensor();
-  std::vector<Tensor> result(wanted.size());
+  std::vector<Tensor> result(wanted.count);
 
   // grad_L = sum <v, B x> + u/2 |B x|^2
   if (wanted[grad_inverse_lipschitz] && !one_pass(p)) {
@@ -412,7 +385,8 @@ std::vector<Tensor> training_terms(const Problem& p, const Tensor& v_any, const 
   return result;
 }
 
-std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
+std::pair<Tensor, Tensor> map_jvp(const Operands& o, const Tensor& tangent) {
+  const Problem p(o);
   Sweep sweep(p, /*tangent=*/true, {});
   const Quadratic quadratic(p);
   sweep.enter(p.x.to(p.operand));
@@ -435,5 +409,9 @@ std::pair<Tensor, Tensor> map_jvp(const Problem& p, const Tensor& tangent) {
   }
   return {map.to(p.output), map_tangent.to(p.output)};
 }
+
+}  // namespace
+
+constinit const Implementation implementation{potential_and_map, training_terms, map_jvp};
 
 }  // namespace ilvae::matmul
