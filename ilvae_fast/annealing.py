@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._errors import unknown_name
-from ._options import build, check_number
-from .decoder import BrenierDecoder
-from .layers import BrenierMap, check_positive
+from ._support.checks import check_number, check_positive
+from ._support.errors import unknown_name
+from ._support.options import build
+from .layers import BrenierDecoder, BrenierMap
 
 
 class Schedule(ABC):

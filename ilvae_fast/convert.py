@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .activations import Activation
-from .decoder import BrenierDecoder
+from .layers import BrenierDecoder
+from .operators.activations import Activation
 
 _PREFIX = re.compile(r"(^|.*\.)decoder\.0\.A0\.weight$")
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .._errors import unknown_name
-from .._options import check_names
+from .._support.errors import unknown_name
+from .._support.options import check_names
 from .dataset import Dataset as Dataset
 from .files import npz as npz
 from .files import text as text

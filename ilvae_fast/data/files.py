@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from .._errors import unknown_name
-from ..layers import check_positive
+from .._support.checks import check_positive
+from .._support.errors import unknown_name
 from .dataset import Dataset, split
 
 LEVELS = ("character", "word")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._extras import require
+from .._support.extras import require
 from .dataset import Dataset, split
 
 # sha256 of the IDX files, unpacked, so that a file packed anew is still known

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._options import check_number
-from ..layers import check_positive
+from .._support.checks import check_number, check_positive
 from .dataset import Dataset, split
 
 

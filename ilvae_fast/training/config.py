@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
-from .._errors import unknown_name
-from .._extras import require
-from .._options import build, check_names, check_number
-from ..activations import Activation
-from ..advice import Advice, advise
+from .._support.checks import check_number, check_positive
+from .._support.errors import unknown_name
+from .._support.extras import require
+from .._support.options import build, check_names
 from ..annealing import SCHEDULES, as_schedule
 from ..data import Dataset
-from ..layers import check_positive
-from ..nonneg import NonNegative
+from ..distributions import LIKELIHOODS, Likelihood
+from ..layers import NonNegative
+from ..metrics.advice import Advice, advise
+from ..operators.activations import Activation
 from ..vae import CONFIGURATIONS, VAE, VAEConfig
 from ..vae.config import FIRST_OPTIONS
-from ..vae.likelihoods import LIKELIHOODS, Likelihood
 
 PRECISIONS = ("no", "bf16", "fp16")
 AUTO = "auto"  # the L that suits the data

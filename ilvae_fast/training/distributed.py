@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from .._extras import require
-from ..decoder import BrenierDecoder
-from ..layers import accept_constants
+from .._support.extras import require
+from ..layers import BrenierDecoder
+from ..layers.constant import accept_constants
 from ..vae import VAE, AutoregressiveDecoder
 
 _METHODS = {

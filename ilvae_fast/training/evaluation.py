@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..data import Dataset
-from ..metrics import Reduce
+from ..metrics.batches import Reduce
 from ..vae import VAE, GaussianMixturePosterior
 
 _INFORMATION = 2000  # data for the mutual information, whose cost is their square

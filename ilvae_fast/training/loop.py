@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from .._extras import require
-from .._files import write_atomically
+from .._support.extras import require
+from .._support.files import write_atomically
 from ..annealing import Annealer
-from ..layers import accept_constants
+from ..layers.constant import accept_constants
 from ..vae import VAE, VAEConfig, VAEOutput
 from . import state
 from .config import TrainConfig, build_model, differences, load_dataset, resolved

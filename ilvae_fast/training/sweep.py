@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .._extras import require
-from .._files import write_atomically
+from .._support.extras import require
+from .._support.files import write_atomically
 from .config import TrainConfig, constant_name, takes_constant
 from .loop import Progress, train
 

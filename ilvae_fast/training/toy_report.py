@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._extras import require
-from .._files import write_atomically
+from .._support.extras import require
+from .._support.files import write_atomically
 
 _TITLES = {
     ("true", "mixture"): r"mixture prior, likelihood of the data's $\sigma$",

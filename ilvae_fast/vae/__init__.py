@@ -6,24 +6,24 @@ output = model(x)                      # named fields; output.loss.backward() tr
 model.save_pretrained("checkpoint")
 """
 
+from ..distributions import LIKELIHOODS as LIKELIHOODS
+from ..distributions import PRIORS as PRIORS
+from ..distributions import Bernoulli as Bernoulli
+from ..distributions import Categorical as Categorical
+from ..distributions import ContinuousBernoulli as ContinuousBernoulli
+from ..distributions import DiagonalGaussian as DiagonalGaussian
+from ..distributions import Gaussian as Gaussian
+from ..distributions import GaussianMixture as GaussianMixture
+from ..distributions import GaussianMixturePosterior as GaussianMixturePosterior
+from ..distributions import Likelihood as Likelihood
+from ..distributions import NegativeBinomial as NegativeBinomial
+from ..distributions import Poisson as Poisson
+from ..distributions import Prior as Prior
+from ..distributions import StandardNormal as StandardNormal
 from .config import CONFIGURATIONS as CONFIGURATIONS
+from .config import DECODERS as DECODERS
+from .config import ENCODERS as ENCODERS
 from .config import VAEConfig as VAEConfig
-from .decoders import DECODERS as DECODERS
-from .distributions import PRIORS as PRIORS
-from .distributions import DiagonalGaussian as DiagonalGaussian
-from .distributions import GaussianMixture as GaussianMixture
-from .distributions import GaussianMixturePosterior as GaussianMixturePosterior
-from .distributions import Prior as Prior
-from .distributions import StandardNormal as StandardNormal
-from .encoders import ENCODERS as ENCODERS
-from .likelihoods import LIKELIHOODS as LIKELIHOODS
-from .likelihoods import Bernoulli as Bernoulli
-from .likelihoods import Categorical as Categorical
-from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
-from .likelihoods import Gaussian as Gaussian
-from .likelihoods import Likelihood as Likelihood
-from .likelihoods import NegativeBinomial as NegativeBinomial
-from .likelihoods import Poisson as Poisson
 from .model import VAE as VAE
 from .model import ImportanceSamples as ImportanceSamples
 from .model import VAEOutput as VAEOutput

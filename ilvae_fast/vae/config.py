@@ -1,31 +1,42 @@
-"""Configurations of the models: plain data that JSON can hold, checked when made."""
+"""Configurations of the models: plain data that JSON can hold, checked when made, and the parts that they name.
+
+An encoder is a module ``(..., D) -> (..., P)``, with the P parameters of the approximate posterior that the prior asks
+for (``Prior.num_posterior_parameters``). One that makes its own posterior may return that instead.
+
+A decoder is a module ``(..., m) -> (..., P)``, P the parameters of ``p(x|z)``. One with ``jacobian(z)`` and
+``inverse_lipschitz_bound()``, as :class:`ilvae_fast.BrenierDecoder`, gives the metrics its Jacobians and its certified
+constant. For sequences it is the head of :class:`~.sequences.AutoregressiveDecoder`.
+
+To add one, write a builder that reads a configuration, and put it into ``ENCODERS`` or ``DECODERS``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .._errors import unknown_name
-from .._options import build, check_names, check_number
-from ..activations import Activation
-from ..decoder import EMBEDDINGS
-from ..functional import check_inverse_lipschitz
-from ..layers import VERSION, check_positive
-from ..nonneg import NonNegative
-from .decoders import DECODERS
-from .distributions import PRIORS
-from .encoders import ENCODERS
-from .likelihoods import LIKELIHOODS
+from torch import nn
 
-# The published models, as what sets them apart: a decoder ..
+from .._support.checks import check_number, check_positive
+from .._support.errors import unknown_name
+from .._support.options import build, check_names
+from ..distributions import LIKELIHOODS, PRIORS
+from ..layers import BrenierDecoder, NonNegative
+from ..layers.brenier_decoder import EMBEDDINGS, MAP_OPTIONS
+from ..layers.brenier_map import VERSION
+from ..operators.activations import Activation
+from ..operators.operands import check_inverse_lipschitz
+from .encoders import ConvolutionalEncoder, LSTMEncoder, mlp
+
+# The published models, by what sets them apart: a decoder, and a family below
 _PLAIN: dict[str, Any] = {"decoder": "mlp"}  # Kingma & Welling, ICLR 2014
 # Wang, Blei & Cunningham, NeurIPS 2021: an injective decoder, no bound on how nearly it collapses
 _LID: dict[str, Any] = {"decoder": "brenier", "inverse_lipschitz": (0.0, 0.0)}
 _IL_LID: dict[str, Any] = {"decoder": "brenier", "inverse_lipschitz": (1.0, 1.0)}  # Kinoshita et al., ICML 2023
-# .. and a family: a mixture as prior, or sequences
+# a mixture as prior, or sequences
 _MIXTURE: dict[str, Any] = {"prior": "gaussian_mixture"}
 _SEQUENCE: dict[str, Any] = {
     "encoder": "lstm",
@@ -46,7 +57,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# decoder_options that were the defaults in version 1
+# The defaults of decoder_options in version 1
 FIRST_OPTIONS = {"activation": "softplus", "nonneg": "softplus", "initialization": "random"}
 
 
@@ -90,6 +101,71 @@ def _widths(argument: str, value: Any) -> tuple[Any, ...]:
     return tuple(
         (_widths if isinstance(v, tuple) else check_positive)(name, v) for name, v in zip(names, value, strict=True)
     )
+
+
+def _mlp_encoder(config: VAEConfig, out_features: int) -> nn.Module:
+    if config.likelihood == "categorical":
+        raise ValueError("encoder: got 'mlp' with a categorical likelihood, wanted 'lstm' or a module of your own")
+    return mlp(config.data_dim, config.encoder_hidden, out_features)
+
+
+def _conv(config: VAEConfig, out_features: int) -> nn.Module:
+    if config.data_shape is None:
+        raise ValueError("data_shape: got None, wanted the shape of an image for encoder='conv'")
+    return ConvolutionalEncoder(config.data_shape, config.encoder_hidden, out_features)
+
+
+def _lstm(config: VAEConfig, out_features: int) -> nn.Module:
+    if len(config.encoder_hidden) != 1:
+        raise ValueError(f"encoder_hidden: got {config.encoder_hidden}, wanted one width for encoder='lstm'")
+    if "num_categories" not in config.likelihood_options:
+        raise ValueError(f"encoder: got 'lstm' with likelihood {config.likelihood!r}, wanted 'categorical'")
+    tokens = check_positive("num_categories", config.likelihood_options["num_categories"])
+    return LSTMEncoder(tokens, config.token_embedding, config.encoder_hidden[0], out_features)
+
+
+def _user(config: VAEConfig, out_features: int) -> nn.Module:
+    raise ValueError(f"encoder: got 'user', wanted the module too: VAE(config, encoder=module), {out_features} outputs")
+
+
+ENCODERS: dict[str, Callable[[VAEConfig, int], nn.Module]] = {
+    "mlp": _mlp_encoder,
+    "conv": _conv,
+    "lstm": _lstm,
+    "user": _user,
+}
+
+
+def _mlp_decoder(config: VAEConfig, in_features: int, out_features: int) -> nn.Module:
+    hidden: Any = (128, 128) if config.decoder_hidden is None else config.decoder_hidden
+    if any(not isinstance(width, int) for width in hidden):
+        raise ValueError(f"decoder_hidden: got {hidden!r}, wanted a sequence of widths for decoder='mlp'")
+    if config.decoder_options:
+        raise ValueError(f"decoder_options: got {dict(config.decoder_options)!r}, wanted none for decoder='mlp'")
+    return mlp(in_features, hidden, out_features)
+
+
+def _brenier(config: VAEConfig, in_features: int, out_features: int) -> nn.Module:
+    hidden: Any = ((128, 128), (512, 512)) if config.decoder_hidden is None else config.decoder_hidden
+    if len(hidden) != 2 or any(isinstance(widths, int) for widths in hidden):
+        raise ValueError(f"decoder_hidden: got {hidden!r}, wanted the widths of both maps for decoder='brenier'")
+    if config.autoregressive_hidden is not None and in_features > out_features:
+        raise ValueError(
+            f"autoregressive_hidden: got {config.autoregressive_hidden} with latent_dim {config.latent_dim}, wanted "
+            f"at most num_categories, {out_features}, in all: the head maps [hidden state, z] injectively to logits"
+        )
+    check_names("decoder_options", config.decoder_options, MAP_OPTIONS)
+    return BrenierDecoder(
+        in_features,
+        out_features,
+        hidden,
+        inverse_lipschitz=config.inverse_lipschitz,
+        embedding=config.embedding,
+        **config.decoder_options,
+    )
+
+
+DECODERS: dict[str, Callable[[VAEConfig, int, int], nn.Module]] = {"mlp": _mlp_decoder, "brenier": _brenier}
 
 
 @dataclass(frozen=True)

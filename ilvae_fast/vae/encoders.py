@@ -1,22 +1,12 @@
-"""Encoders by name, each built from a configuration. To add one, write a builder and put it into ``ENCODERS``.
-
-An encoder is a module ``(..., D) -> (..., P)``, with the P parameters of the approximate posterior that the prior asks
-for (``Prior.num_posterior_parameters``). One that makes its own posterior may return that instead.
-"""
+"""Networks: those of the encoders, and the plain one of a decoder."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from ..layers import check_positive
-
-if TYPE_CHECKING:
-    from .config import VAEConfig
 
 
 def mlp(in_features: int, hidden_features: Sequence[int], out_features: int) -> nn.Sequential:
@@ -105,36 +95,3 @@ class LSTMEncoder(nn.Module):
         states, _ = run_lstm(self.lstm, self.embedding(flat.clamp(min=0)))
         last = (flat >= 0).sum(-1).sub(1).clamp(min=0)
         return _unflat(self.head(states[torch.arange(len(flat), device=x.device), last]), x)
-
-
-def _mlp(config: VAEConfig, out_features: int) -> nn.Module:
-    if config.likelihood == "categorical":
-        raise ValueError("encoder: got 'mlp' with a categorical likelihood, wanted 'lstm' or a module of your own")
-    return mlp(config.data_dim, config.encoder_hidden, out_features)
-
-
-def _conv(config: VAEConfig, out_features: int) -> nn.Module:
-    if config.data_shape is None:
-        raise ValueError("data_shape: got None, wanted the shape of an image for encoder='conv'")
-    return ConvolutionalEncoder(config.data_shape, config.encoder_hidden, out_features)
-
-
-def _lstm(config: VAEConfig, out_features: int) -> nn.Module:
-    if len(config.encoder_hidden) != 1:
-        raise ValueError(f"encoder_hidden: got {config.encoder_hidden}, wanted one width for encoder='lstm'")
-    if "num_categories" not in config.likelihood_options:
-        raise ValueError(f"encoder: got 'lstm' with likelihood {config.likelihood!r}, wanted 'categorical'")
-    tokens = check_positive("num_categories", config.likelihood_options["num_categories"])
-    return LSTMEncoder(tokens, config.token_embedding, config.encoder_hidden[0], out_features)
-
-
-def _user(config: VAEConfig, out_features: int) -> nn.Module:
-    raise ValueError(f"encoder: got 'user', wanted the module too: VAE(config, encoder=module), {out_features} outputs")
-
-
-ENCODERS: dict[str, Callable[[VAEConfig, int], nn.Module]] = {
-    "mlp": _mlp,
-    "conv": _conv,
-    "lstm": _lstm,
-    "user": _user,
-}

@@ -13,20 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._extras import require
-from .._files import write_atomically
-from .._options import build
-from ..decoder import BrenierDecoder
-from ..layers import accept_constants, check_positive
-from .config import VAEConfig
-from .decoders import DECODERS
-from .distributions import PRIORS, Posterior, Prior
-from .encoders import ENCODERS
-from .likelihoods import LIKELIHOODS, Likelihood
+from .._support.checks import check_positive
+from .._support.extras import require
+from .._support.files import write_atomically
+from .._support.options import build
+from ..distributions import LIKELIHOODS, PRIORS, Likelihood, Posterior, Prior
+from ..layers import BrenierDecoder
+from ..layers.constant import accept_constants
+from .config import DECODERS, ENCODERS, VAEConfig
 from .sequences import AutoregressiveDecoder
 
-_ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept ..
-_VALUES = 2**26  # .. and at most so many outputs of the decoder
+_ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept
+_VALUES = 2**26  # outputs of the decoder at a time, at most
 
 
 class VAEOutput(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import stacked_tangents
+from ..layers.brenier_map import stacked_tangents
 from .encoders import run_lstm
 
 

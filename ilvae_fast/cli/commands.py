@@ -1,0 +1,385 @@
+"""The command line ``ilvae-fast``: train, measure and show models without writing code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .._support.extras import require
+from ..data import DATASETS
+from ..training import TrainConfig
+from ..vae import CONFIGURATIONS
+from .display import console, is_main, progress_bar, show
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "train")
+
+app = typer.Typer(
+    help="""Train and measure variational autoencoders whose decoder cannot ignore its latent.
+
+    `ilvae-fast train --data digits --model il-lidvae --L 0.5`, then `ilvae-fast sample` and `eval` with the folder that
+    it names, and `ilvae-fast report runs`. Each command explains itself: `ilvae-fast train --help`.
+    """,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+_DEFAULTS = TrainConfig().to_dict()
+_FIELDS = "Fields for --set and --config, and their defaults: " + ", ".join(
+    f"{name}={'' if value is None else value}" for name, value in _DEFAULTS.items()
+)
+_MEASURES = """Measures, in nats, on test data: NLL, from importance samples; gain, by how much the ELBO beats the best
+model that ignores its latent; KL, of the ELBO; MI, the information of z about x, at most log N of N data; KL-MI, what
+is paid without it; active, units whose posterior mean moves with x, and directions, the same however the latent space
+is rotated; Fisher, the divergence of true posterior and prior, its lower bound by L, and the effective number ESS of
+samples behind both (near 1: do not trust them); L as certified and as measured; clusters, accuracy of a mixture's
+components as classes. Large KL, MI and active units mean little where the gain is small."""
+
+
+def _field(name: str, help: str, *flags: str) -> Any:
+    """An option for a field of the configuration, with its default."""
+    default = _DEFAULTS[name]
+    return typer.Option(*flags, help=help, show_default=False if default is None else str(default))
+
+
+Data = Annotated[str | None, _field("data", f"{', '.join(DATASETS)}.", "--data")]
+DataRoot = Annotated[
+    str | None, _field("data_root", "Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
+]
+Model = Annotated[str | None, _field("model", f"{', '.join(CONFIGURATIONS)}.", "--model")]
+_L = """Certified inverse-Lipschitz constant of the decoder, the product L1 L2 sigma_min(B) of its maps and embedding;
+auto: what `ilvae-fast advise` recommends"""
+Constant = Annotated[str | None, _field("L", f"{_L}. Else the model's: 1 or 0.", "--L")]
+LatentDim = Annotated[int | None, _field("latent_dim", "Width of the latent space.")]
+Epochs = Annotated[int | None, _field("epochs", "Passes over the training data.")]
+BatchSize = Annotated[int | None, _field("batch_size", "Data in a step, of each process.")]
+Rate = Annotated[float | None, _field("learning_rate", "Of Adam.", "--learning-rate", "--lr")]
+Seed = Annotated[int | None, _field("seed", "Of weights, batches and noise.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
+File = Annotated[Path | None, typer.Option("--config", help="YAML file of fields, such as another run's config.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field (see below), a dot for "
+    "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
+    "end: 1, steps: 500}'.")]  # fmt: skip
+Restart = Annotated[bool, typer.Option("--restart", help="Forget the run in the folder; else it goes on.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+
+
+def _config(file: Path | None, assignments: Sequence[str] | None, cpu: bool = False, **fields: Any) -> TrainConfig:
+    config = TrainConfig() if file is None else TrainConfig.from_yaml(file)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return replace(config, **given, cpu=cpu or config.cpu).updated(assignments or ())
+
+
+def _constant(value: Any) -> Any:
+    """``--L``: a number, or a text, which the configuration knows or refuses."""
+    try:
+        return value if value is None else float(value)
+    except ValueError:
+        return value
+
+
+@app.command(epilog=_FIELDS)
+def train(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    constant: Constant = None,
+    latent_dim: LatentDim = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: Rate = None,
+    seed: Seed = None,
+    cpu: Cpu = False,
+    output: Annotated[str | None, typer.Option(help="Folder of the run; else runs/DATA-MODEL-..")] = None,
+    config: File = None,
+    assignments: Set = None,
+    restart: Restart = False,
+) -> None:
+    """Train a model and measure it; an interrupted run goes on where it was.
+
+    `ilvae-fast train --data mnist --data-root DATA --model il-lidvae --L 1.0 --epochs 2`
+
+    Models: vae, gmvae and svae have a plain decoder; lidvae, lidmvae and lidsvae an injective one; il-.. are L-inverse
+    Lipschitz: |f(z) - f(z')| >= L |z - z'|. Their m is a Gaussian mixture as prior, their s sequences of tokens.
+
+    Start with a high L, so that the latent is used, and relax it to the target:
+    `--L 1 --set 'annealing={L1: {kind: cosine, start: 3, end: 1, steps: 1000}}'`
+
+    Two processes: `torchrun --nproc-per-node 2 -m ilvae_fast train ..`; several machines: the same with torchrun's
+    `--nnodes` and `--rdzv-endpoint`. To shard what is too wide for one device:
+    `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m ilvae_fast train ..`
+
+    What is printed at the end `ilvae-fast eval --help` explains.
+    """
+    from ..training import train as run
+
+    settings = _config(
+        config, assignments, cpu, data=data, data_root=data_root, model=model, L=_constant(constant),
+        latent_dim=latent_dim, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed,
+        output=output,
+    )  # fmt: skip
+    with progress_bar(str(settings.folder)) as progress:
+        measures = run(settings, progress, restart)
+    if is_main():
+        show([(settings.folder.name, measures)])
+        console().print(f"in {settings.folder}", highlight=False)
+
+
+@app.command(epilog=_FIELDS)
+def advise(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    picture: Annotated[Path | None, typer.Option(help="Image file to draw it in.")] = None,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Say which L suits the data: how many latents they pay for, and what L forces and costs.
+
+    `ilvae-fast advise --data digits --latent-dim 5 --set model_options.likelihood=gaussian
+    --set model_options.likelihood_options.scale=0.2 --picture advice.png`
+
+    Data, likelihood and latents are those of `train` with the same options; `train --L auto` follows the advice.
+    """
+    from ..training import advice_for, load_dataset
+
+    settings = _config(config, assignments, data=data, data_root=data_root, model=model, latent_dim=latent_dim)
+    advice = advice_for(settings, load_dataset(settings))
+    print(advice)
+    if picture is not None:
+        advice.plot(picture)
+        print(picture)
+
+
+@app.command(name="eval", epilog=_MEASURES)
+def evaluate(
+    run: Run,
+    data_root: DataRoot = None,
+    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.", min=1)] = 500,
+    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
+    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Measure a trained model again, with more samples; writes RUN/eval.json."""
+    from .._support.files import write_atomically
+    from ..training import evaluate as measure
+
+    _, model, dataset = _finished(run, data_root)
+    with progress_bar(str(run)) as progress:
+        measures = measure(
+            model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
+            limit=limit or None, seed=seed, progress=lambda part: progress(round(100 * part), 100, {}),
+        )  # fmt: skip
+    write_atomically(run / "eval.json", json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    show([(run.name, measures)])
+
+
+@app.command()
+def sample(
+    run: Run,
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 16,
+    noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    data_root: DataRoot = None,
+) -> None:
+    """Draw data from a trained model: text is printed, images and numbers go to RUN/samples.png or .npz."""
+    import numpy as np
+    import torch
+
+    from .._support.files import write_atomically
+
+    _, model, dataset = _finished(run, data_root)
+    x = model.eval().sample(count, torch.Generator().manual_seed(seed), noise)
+    if dataset.num_categories is not None:
+        for line in dataset.to_text(x):
+            print(line)
+        return
+    content = io.BytesIO()
+    if len(dataset.shape) == 2:
+        require("matplotlib", "train").use("Agg")
+        plt = require("matplotlib.pyplot", "train")
+        columns = min(count, 8)
+        rows = -(-count // columns)
+        height, width = dataset.shape
+        sheet = np.ones((rows * height, columns * width))
+        for k, image in enumerate(x.numpy()):
+            i, j = divmod(k, columns)
+            sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.reshape(height, width)
+        zoom = max(1, 96 // height)  # small images so that they can be seen
+        plt.imsave(content, sheet.repeat(zoom, 0).repeat(zoom, 1), cmap="gray", vmin=0, vmax=1, format="png")
+        path = run / "samples.png"
+    else:
+        np.savez(content, samples=x.numpy())
+        path = run / "samples.npz"
+    write_atomically(path, content.getvalue())
+    print(path)
+
+
+@app.command(epilog=_FIELDS)
+def sweep(
+    output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
+    constants: Annotated[
+        list[str] | None, typer.Option("--L", help="Constants of the grid, or auto; once for each. Else the field L.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each. Else the field seed.")
+    ] = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: Rate = None,
+    cpu: Cpu = False,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Train a grid of constants and seeds; what is finished is skipped.
+
+    Writes sweep.csv and sweep.json, in which the rows of earlier sweeps into the same folder stay.
+
+    `ilvae-fast sweep --data digits --model il-lidvae --L 0.5 --L 1 --seed 0 --seed 1 --output runs/sweep`
+    """
+    from ..training import sweep as run
+
+    for assignment in assignments or ():
+        if assignment.partition("=")[0] == "output":
+            raise ValueError(f"set: got {assignment!r}, but each run has a folder of its own in --output, {output}")
+    settings = _config(
+        config, assignments, cpu, data=data, data_root=data_root, model=model, latent_dim=latent_dim, epochs=epochs,
+        batch_size=batch_size, learning_rate=learning_rate,
+    )  # fmt: skip
+    grid = [_constant(c) for c in constants] if constants else [] if settings.L is None else [settings.L]
+    with progress_bar("") as progress:
+        rows = run(settings, grid, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
+    if is_main():
+        show([(f"L={row['L']} seed={row['seed']}", row) for row in rows])
+
+
+@app.command()
+def report(
+    what: Annotated[str, typer.Argument(help="toy, or a folder with runs in it.")],
+    results: Annotated[Path, typer.Option(help="Folder of the toy study's results.")] = Path("results/toy"),
+) -> None:
+    """Show finished runs in one table; `report toy` draws the figures of the toy study from its results."""
+    if what == "toy":
+        from ..training.toy_report import draw
+
+        for path in draw(results):
+            print(path)
+        return
+    found = sorted(Path(what).glob("**/metrics.json"))
+    if not found:
+        raise FileNotFoundError(f"what: no metrics.json under {what!r}, wanted a folder with finished runs, or toy")
+    show([(str(path.parent.relative_to(what)), json.loads(path.read_text())) for path in found])
+
+
+@app.command()
+def bench(
+    data: Data = None,
+    data_root: DataRoot = None,
+    model: Model = None,
+    latent_dim: LatentDim = None,
+    batch_size: BatchSize = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of each backend.", min=1)] = 20,
+    config: File = None,
+    assignments: Set = None,
+) -> None:
+    """Time a training step by the fused operators and by plain autograd, in turns."""
+    import torch
+
+    from ..operators.backend import use_backend
+    from ..training import build_model, load_dataset
+
+    settings = _config(
+        config, assignments, data=data, data_root=data_root, model=model, latent_dim=latent_dim, batch_size=batch_size
+    )
+    dataset = load_dataset(settings)
+    torch.manual_seed(settings.seed)
+    trained = build_model(settings, dataset)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate)
+    x = dataset.train[: settings.batch_size]
+    seconds: dict[str, list[float]] = {"native": [], "reference": []}
+    for step in range(steps + 3):
+        for backend, measured in seconds.items():
+            with use_backend(backend):
+                start = time.perf_counter()
+                trained(x).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if step >= 3:
+                    measured.append(1e3 * (time.perf_counter() - start))
+    medians = {backend: statistics.median(measured) for backend, measured in seconds.items()}
+    for backend, median in medians.items():
+        print(f"{backend:<10} {median:8.2f} ms for a step of {len(x)} data, the median of {steps}")
+    print(f"{'ratio':<10} {medians['reference'] / medians['native']:8.2f}")
+
+
+@app.command()
+def info() -> None:
+    """What was built and what there is: versions, devices, models, data sets."""
+    import torch
+
+    from ..operators.extension import build_info
+
+    devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    for name, value in {
+        **build_info(),
+        "running torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "GPUs": ", ".join(devices) or "none",
+        "models": ", ".join(CONFIGURATIONS),
+        "data": ", ".join(DATASETS),
+    }.items():
+        print(f"{name:<20} {value}")
+
+
+def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
+    """Configuration, model and data of a run."""
+    from ..training import load_dataset
+    from ..vae import VAE
+
+    if not (run / "model").is_dir() or not (run / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"run: no finished run in {os.fspath(run)!r}, wanted a folder with config.yaml and model/"
+        )
+    config = TrainConfig.from_yaml(run / "config.yaml")
+    if data_root is not None:
+        config = replace(config, data_root=data_root)
+    return config, VAE.from_pretrained(run / "model"), load_dataset(config)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: what the user can mend ends in one line and exit status 2, everything else in a traceback."""
+    # torch's own forward mode says it once
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nothing writes to
+    import torch
+
+    from ..training.loop import Diverged
+
+    try:
+        app(args=arguments)
+    except (ValueError, TypeError, OSError, ImportError, Diverged) as error:
+        if os.environ.get("ILVAE_FAST_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

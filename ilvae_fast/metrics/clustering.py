@@ -1,0 +1,36 @@
+"""Clusters against labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._support.extras import require
+
+
+def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
+    """The largest fraction of data whose cluster stands for their label, over all one-to-one assignments of the two.
+
+    Args:
+        clusters, labels: (N,) integers from 0, of any number of clusters and classes. Of a mixture, the cluster of x is
+            ``model.inference(x).logits.argmax(-1)``.
+
+    The assignment is found by the Hungarian method (Kuhn, 1955), as is usual since Yang et al. (2010).
+
+    Raises:
+        ValueError: shapes that differ, no datum, or negative numbers.
+        ImportError: SciPy is not installed; says how to install it.
+    """
+    if clusters.shape != labels.shape or clusters.dim() != 1:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, wanted that of clusters, {tuple(clusters.shape)}")
+    if len(labels) == 0:
+        raise ValueError("labels: got no datum, wanted at least one")
+    for name, values in (("clusters", clusters), ("labels", labels)):
+        if int(values.min()) < 0:
+            raise ValueError(f"{name}: got {int(values.min())}, wanted numbers >= 0")
+    classes = int(labels.max()) + 1
+    shape = (int(clusters.max()) + 1, classes)
+    table = torch.bincount(clusters.cpu() * classes + labels.cpu(), minlength=shape[0] * classes).reshape(shape)
+    optimize = require("scipy.optimize", "train")
+    rows, columns = optimize.linear_sum_assignment(table.numpy(), maximize=True)
+    return int(table[rows, columns].sum()) / len(labels)

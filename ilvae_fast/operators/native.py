@@ -1,0 +1,109 @@
+"""The compiled operators at operands. Nothing else knows the order of their arguments (csrc/ops.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
+
+from .extension import _C
+from .operands import Operands
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """Return the operator as a function of arguments by position that is called as directly as the call allows.
+
+    ``torch.ops`` interprets the schema in each call, which takes as long as a small network does. The extension's own
+    function enters the same dispatcher without that. Compiled regions and ``__torch_function__`` know operators by
+    ``torch.ops`` alone.
+    """
+    operator = getattr(torch.ops.ilvae_fast, name).default
+    direct = getattr(_C, name)
+
+    def call(*arguments: Any) -> Any:
+        weights = arguments[3]
+        if is_compiling() or has_torch_function(arguments) or has_torch_function(weights):
+            return operator(*arguments)
+        try:
+            return direct(*arguments)
+        except TypeError:
+            return operator(*arguments)  # whose error names the argument
+
+    return call
+
+
+_potential_and_map = _operator("potential_and_map")
+_training_terms = _operator("training_terms")
+_map_jvp = _operator("map_jvp")
+
+
+def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) -> tuple[Tensor, Tensor]:
+    """Return potential (...) and map (..., d); what is not wanted is empty."""
+    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, recompute = operands
+    return _potential_and_map(
+        x,
+        skip_weight,
+        bias,
+        weights,
+        constant,
+        embedding,
+        codes,
+        parameters,
+        want_potential,
+        want_map,
+        False,  # save
+        None,  # product_dtype
+        route,
+        recompute,
+        None,  # saved_dtype
+    )[:2]
+
+
+def training_terms(
+    operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: int
+) -> list[Tensor]:
+    """Return the gradients in order; bit i of ``wanted`` asks for gradient i, and the others are empty."""
+    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
+    return _training_terms(
+        x,
+        skip_weight,
+        bias,
+        weights,
+        constant,
+        embedding,
+        map_cotangent,
+        potential_cotangent,
+        [],  # saved
+        codes,
+        parameters,
+        wanted,
+        None,  # product_dtype
+        route,
+    )
+
+
+def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map (..., d) and its derivative along ``tangent``."""
+    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
+    return _map_jvp(
+        x,
+        skip_weight,
+        bias,
+        weights,
+        constant,
+        embedding,
+        tangent,
+        codes,
+        parameters,
+        None,  # product_dtype
+        route,
+    )
+
+
+def softplus(raws: Sequence[Tensor]) -> list[Tensor]:
+    """Return the softplus of each tensor."""
+    return _C.softplus(raws)
