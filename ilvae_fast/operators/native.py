@@ -1,4 +1,4 @@
-"""The compiled operators at operands. Nothing else knows the order of their arguments (csrc/ops.cpp)."""
+"""The compiled operators at operands. Nothing else knows the order of their arguments (csrc/torch/operators.h)."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) 
         embedding,
         codes,
         parameters,
+        None,  # product_dtype
+        route,
         want_potential,
         want_map,
         False,  # save
-        None,  # product_dtype
-        route,
         recompute,
         None,  # saved_dtype
     )[:2]
@@ -67,41 +67,20 @@ def training_terms(
     operands: Operands, map_cotangent: Tensor | None, potential_cotangent: Tensor | None, wanted: int
 ) -> list[Tensor]:
     """Return the gradients in order; bit i of ``wanted`` asks for gradient i, and the others are empty."""
-    x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
-    return _training_terms(
-        x,
-        skip_weight,
-        bias,
-        weights,
-        constant,
-        embedding,
-        map_cotangent,
-        potential_cotangent,
-        [],  # saved
-        codes,
-        parameters,
-        wanted,
-        None,  # product_dtype
-        route,
-    )
+    saved: list[Tensor] = []
+    return _training_terms(*_in_schema_order(operands), map_cotangent, potential_cotangent, saved, wanted)
 
 
 def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """Return the map (..., d) and its derivative along ``tangent``."""
+    return _map_jvp(*_in_schema_order(operands), tangent)
+
+
+def _in_schema_order(operands: Operands) -> tuple[Any, ...]:
+    """Return the arguments that every operator takes first. potential_and_map spells them out, for speed."""
     x, skip_weight, bias, weights, constant, embedding, (codes, parameters, _), route, _ = operands
-    return _map_jvp(
-        x,
-        skip_weight,
-        bias,
-        weights,
-        constant,
-        embedding,
-        tangent,
-        codes,
-        parameters,
-        None,  # product_dtype
-        route,
-    )
+    product_dtype = None
+    return x, skip_weight, bias, weights, constant, embedding, codes, parameters, product_dtype, route
 
 
 def softplus(raws: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Autograd functions of the operators with rules for every transformation of PyTorch.
 
-First-order autograd of the operators is C++ (``csrc/autograd.cpp``). A C++ autograd function has no rules for
+First-order autograd of the operators is C++ (``csrc/torch/autograd.cpp``). A C++ autograd function has no rules for
 ``torch.func`` and forward mode, and no derivatives of higher order; those are here. All of them differentiate the plain
 functions of ``plain.py``, so they hold to any order.
 """
@@ -133,23 +133,25 @@ def flags(bits: int, count: int) -> tuple[bool, ...]:
     return tuple(bool(bits >> i & 1) for i in range(count))
 
 
-# Double backward of the C++ autograd functions: operators that csrc/autograd.cpp calls
+# Double backward of the C++ autograd functions: operators that csrc/torch/autograd.cpp calls
 
 _library = torch.library.Library("ilvae_fast", "IMPL")
 
 
 def _training_terms_backward(
-    cotangents: list[Tensor],
     x: Tensor,
     skip_weight: Tensor,
     bias: Tensor,
     weights: list[Tensor],
     inverse_lipschitz: Tensor,
     embedding: Tensor | None,
-    map_cotangent: Tensor | None,
-    potential_cotangent: Tensor | None,
     activations: list[int],
     parameters: list[float],
+    product_dtype: torch.dtype | None,
+    route: int,
+    cotangents: list[Tensor],
+    map_cotangent: Tensor | None,
+    potential_cotangent: Tensor | None,
     wanted: int,
     needed: int,
 ) -> list[Tensor]:
@@ -159,16 +161,18 @@ def _training_terms_backward(
 
 
 def _map_jvp_backward(
-    cotangents: list[Tensor],
     x: Tensor,
     skip_weight: Tensor,
     bias: Tensor,
     weights: list[Tensor],
     inverse_lipschitz: Tensor,
     embedding: Tensor | None,
-    tangent: Tensor,
     activations: list[int],
     parameters: list[float],
+    product_dtype: torch.dtype | None,
+    route: int,
+    cotangents: list[Tensor],
+    tangent: Tensor,
     needed: int,
 ) -> list[Tensor]:
     static = Static(decode(activations, parameters), ())
