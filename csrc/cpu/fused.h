@@ -13,12 +13,12 @@
 #include <cstdint>
 
 #include "core/activations.h"
+#include "core/layout.h"
 
 namespace ilvae::cpu {
 
-// Saved panels are padded to a multiple of this many rows, whatever the instruction set.
-inline constexpr int64_t row_padding = 16;
-inline int64_t padded_rows(int64_t rows) { return (rows + row_padding - 1) / row_padding * row_padding; }
+using ilvae::padded_rows;
+using ilvae::row_padding;
 
 struct HiddenUnits {
   int64_t width = 0, first = 0;  // n_k and the first packed row
