@@ -76,6 +76,11 @@ class Tensors:
             self.v.double(),
         )
 
+    def to(self, device: str | torch.device) -> Tensors:
+        """Detached copies on a device."""
+        named = {n: t.detach().to(device) for n, t in self.named.items()}
+        return Tensors(self.case, named, self.u.to(device), self.v.to(device))
+
     def requires_grad(self) -> Tensors:
         for t in self.named.values():
             t.requires_grad_()

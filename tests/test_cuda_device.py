@@ -3,6 +3,8 @@ executor (test_cuda_fused.py, test_cuda_pointwise.py)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ import ilvae_fast as il
 from cases import Case
 from comparison import assert_as_accurate_as_eager
 from ilvae_fast import functional, reference
+from raw_operators import MATMUL, Operands, potential_and_map, training_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,21 +33,16 @@ NETWORKS = {
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def _on_device(tensors):
-    tensors.named = {n: t.detach().cuda() for n, t in tensors.named.items()}
-    tensors.u, tensors.v = tensors.u.cuda(), tensors.v.cuda()
-    return tensors
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cotangents", [(True, False), (True, True), (False, True)], ids=str)
 def test_values_and_gradients(name, dtype, cotangents):
     tensors = NETWORKS[name].tensors(dtype)
     exact = tensors.double()
-    terms = tensors.double().absolute_terms(*cotangents)
+    terms = tensors.absolute_terms(*cotangents)
+    tensors = tensors.to("cuda")
     with torch.no_grad():
-        values = dict(zip(("potential", "map"), _on_device(tensors).outputs(), strict=True))
+        values = dict(zip(("potential", "map"), tensors.outputs(), strict=True))
         eager = dict(zip(("potential", "map"), tensors.outputs(reference), strict=True))
         exacts = dict(zip(("potential", "map"), exact.outputs(reference), strict=True))
     values |= tensors.gradients(functional, *cotangents)
@@ -60,7 +58,7 @@ def test_values_and_gradients(name, dtype, cotangents):
 
 @pytest.mark.parametrize("name", ["2, 32x2", "64, 256x3", "48, 300x2"])
 def test_the_same_bits_every_time(name):
-    tensors = _on_device(NETWORKS[name].tensors(torch.float32))
+    tensors = NETWORKS[name].tensors(torch.float32).to("cuda")
     first = tensors.gradients(functional, True, True)
     for _ in range(3):
         for key, value in tensors.gradients(functional, True, True).items():
@@ -69,7 +67,7 @@ def test_the_same_bits_every_time(name):
 
 @pytest.mark.parametrize("name", ["2, 32x2", "32, 128x2", "64, 256x3", "48, 300x2"])
 def test_captured_in_a_graph_with_a_schedule_of_constants(name):
-    tensors = _on_device(NETWORKS[name].tensors(torch.float32))
+    tensors = NETWORKS[name].tensors(torch.float32).to("cuda")
     constant = tensors.named["inverse_lipschitz"]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -96,12 +94,8 @@ def test_launches(dtype, layers, width):
     """At most 4K + 4 for the map and 6K + 8 for the training terms; one, and one and a sum, on the fused route, with
     streamed weights K products more."""
     case = Case(8, (width,) * layers, (SOFT,) * (layers + 1), "none", (64,), 0.7, 8)
-    tensors = _on_device(case.tensors(dtype))
-    x, skip, bias, weights = tensors.positional()
-    rest = (x, skip, bias, weights, tensors.named["inverse_lipschitz"], None)
-    codes, parameters = [0] * (layers + 1), [1.0] * (layers + 1)
-    ops = torch.ops.ilvae_fast
-    everything = 0b1111 | ((1 << layers) - 1) << 5
+    tensors = case.tensors(dtype).to("cuda")
+    operands = Operands.of(tensors)
 
     def launches(call):
         call()
@@ -114,10 +108,16 @@ def test_launches(dtype, layers, width):
         return sum(not any(part in n for part in ("splitK", "Memset", "Memcpy")) for n in names)
 
     fused, streamed = width <= 256 and layers <= 4, width > 128
-    count = launches(lambda: ops.potential_and_map(*rest, codes, parameters, True, True))
+    outputs = {"want_potential": True, "want_map": True}
+    count = launches(lambda: potential_and_map(operands, **outputs))
     assert 1 <= count <= (1 if fused else 4 * layers + 4)  # none: the profiler has seen nothing
-    saved = [] if fused else ops.potential_and_map(*rest, codes, parameters, True, True, True)[2]
-    count = launches(lambda: ops.training_terms(*rest, tensors.v, tensors.u, saved, codes, parameters, everything))
+    gradients = {
+        "map_cotangent": tensors.v,
+        "potential_cotangent": tensors.u,
+        "saved": [] if fused else potential_and_map(operands, **outputs, save=True)[2],
+        "wanted": operands.wanted(),
+    }
+    count = launches(lambda: training_terms(operands, **gradients))
     assert 2 <= count <= (2 + streamed * layers if fused else 6 * layers + 8)
 
 
@@ -125,7 +125,7 @@ def test_launches(dtype, layers, width):
 def test_a_batch_in_chunks(dtype):
     """More rows than the operands of the last products may take at a time: the same gradients, summed over halves."""
     case = Case(64, (256, 256, 256), (SOFT,) * 4, "none", (70_000,), 0.7, 11)
-    tensors = _on_device(case.tensors(dtype))
+    tensors = case.tensors(dtype).to("cuda")
     whole = tensors.gradients(functional, True, True)
     x, u, v = tensors.named["x"].detach(), tensors.u, tensors.v
     parts = []
@@ -142,9 +142,7 @@ def test_a_batch_in_chunks(dtype):
 @pytest.mark.parametrize("name", ["2, 32x2", "64, 256x3", "48, 300x2"])
 def test_empty_batches(name):
     case = NETWORKS[name]
-    tensors = _on_device(
-        Case(case.width, case.hidden, case.activations, case.embedding, (0,), 0.7, 1).tensors(torch.float32)
-    )
+    tensors = replace(case, leading=(0,)).tensors(torch.float32).to("cuda")
     phi, t = tensors.outputs()
     assert phi.shape == (0,)
     assert t.shape == (0, case.width)
@@ -154,7 +152,7 @@ def test_empty_batches(name):
 
 
 def test_mixed_devices_and_dtypes_are_named():
-    tensors = _on_device(NETWORKS["2, 32x2"].tensors(torch.float32))
+    tensors = NETWORKS["2, 32x2"].tensors(torch.float32).to("cuda")
     x, skip, bias, weights = tensors.positional()
     with pytest.raises(ValueError, match="bias: got device cpu, wanted cuda"):
         functional.brenier_map(x, skip, bias.cpu(), weights, **tensors.options())
@@ -163,16 +161,17 @@ def test_mixed_devices_and_dtypes_are_named():
 
 
 def test_the_fused_route_refuses_to_save():
-    tensors = _on_device(NETWORKS["2, 32x2"].tensors(torch.float32))
-    x, skip_weight, bias, weights = tensors.positional()
-    operands = (x, skip_weight, bias, weights, tensors.named["inverse_lipschitz"], None, [0] * 3, [1.0] * 3)
-    with pytest.raises(ValueError, match=r"save: got True, wanted False on the fused route .* matmul route \(1\)"):
-        torch.ops.ilvae_fast.potential_and_map(*operands, True, True, True)
-    assert len(torch.ops.ilvae_fast.potential_and_map(*operands, True, True, True, None, 1)[2]) == 3
+    operands = Operands.of(NETWORKS["2, 32x2"].tensors(torch.float32).to("cuda"))
+    call = {"want_potential": True, "want_map": True, "save": True}
+    with pytest.raises(
+        ValueError, match=rf"save: got True, wanted False on the fused route .* matmul route \({MATMUL}\)"
+    ):
+        potential_and_map(operands, **call)
+    assert len(potential_and_map(replace(operands, route=MATMUL), **call)[2]) == 3
 
 
 def test_another_stream():
-    tensors = _on_device(NETWORKS["32, 128x2"].tensors(torch.float32))
+    tensors = NETWORKS["32, 128x2"].tensors(torch.float32).to("cuda")
     expected = tensors.outputs()[1]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -199,7 +198,7 @@ def test_autocast(dtype, hidden):
 
 @pytest.mark.parametrize("name", ["2, 32x2", "64, 256x3"])
 def test_tf32_by_either_name(name):
-    tensors, matmul = _on_device(NETWORKS[name].tensors(torch.float32)), torch.backends.cuda.matmul
+    tensors, matmul = NETWORKS[name].tensors(torch.float32).to("cuda"), torch.backends.cuda.matmul
     matmul.allow_tf32 = True
     try:
         expected = tensors.gradients(functional, True, True)

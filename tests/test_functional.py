@@ -9,6 +9,7 @@ import ilvae_fast as il
 from cases import EMBEDDINGS, WAYS, Case, cases
 from comparison import assert_as_accurate_as_eager, assert_equal_to_rounding
 from ilvae_fast import Activation, functional, reference
+from raw_operators import Operands, training_terms
 
 COTANGENTS = [(True, False), (False, True), (True, True)]
 
@@ -166,23 +167,25 @@ def test_third_order_equals_the_reference(embedding):
 
 def test_gradients_of_frozen_arguments_are_not_computed():
     tensors = _case(route="matmul").tensors(torch.float64)
+    operands, position = Operands.of(tensors), training_terms.names.index("wanted")
 
     def profiled():
+        """The matrix products of a backward pass, and which gradients it asks for."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             tensors.outputs()[1].sum().backward()
         events = profile.events()
         products = [e.name for e in events if e.name in ("aten::mm", "aten::addmm_")]
-        (wanted,) = {e.concrete_inputs[11] for e in events if e.name == "ilvae_fast::training_terms"}
+        (wanted,) = {e.concrete_inputs[position] for e in events if e.name == "ilvae_fast::training_terms"}
         return len(products), wanted
 
     tensors.named["x"].requires_grad_()
-    latent_only, wanted = profiled()
-    assert wanted == 1  # x alone
+    of_x_alone, wanted = profiled()
+    assert wanted == operands.wanted("x")
     tensors.requires_grad()
-    everything, wanted = profiled()
-    assert wanted == 0b1101111  # all but an embedding
+    of_everything, wanted = profiled()
+    assert wanted == operands.wanted()
     assert tensors.named["bias"].grad is not None
-    assert everything == latent_only + 2 + 2  # two for skip_weight, one for each of two weights
+    assert of_everything == of_x_alone + 2 + 2  # two for skip_weight, one for each of two weights
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3), (1, 1, 1, 4)])

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.library import opcheck
 
 import ilvae_fast as il
 from benchmarks.gpu import matmul_precision
 from cases import Case
 from comparison import assert_as_accurate_as_eager, assert_equal_to_rounding
 from ilvae_fast import Activation, functional, reference
-from ilvae_fast.activations import encode
+from raw_operators import UTILITIES, Operands, potential_and_map, training_terms
 
 DEVICE = os.environ.get("ILVAE_FAST_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(
@@ -60,6 +59,8 @@ def compiled_networks() -> list[tuple[int, tuple[int, ...]]]:
     resident = re.findall(r"S\((\d+), (\d+), ([1-9])\)", text)
     # the layers: too many for resident weights, and so many that not even the map has them
     streamed = [(n, d, k) for n, d in re.findall(r"S\((\d+), (\d+), true\)", text) for k in ("3", "4")]
+    assert resident, "fused_shapes.h no longer lists its shapes as S(n, d, layers)"
+    assert streamed, "fused_shapes.h no longer lists its shapes as S(n, d, true)"
     return [(int(d), (int(n),) * int(k)) for n, d, k in resident + streamed]
 
 
@@ -67,10 +68,7 @@ def tensors_of(shape, dtype, activation=SOFTPLUS, seed=0, route="auto"):
     width, hidden, rows, embedding = shape
     first = SQUARED if activation is RELU else activation
     activations = (first, *[activation] * (len(hidden) - 1), IDENTITY)
-    tensors = Case(width, hidden, activations, embedding, (rows,), 0.5, seed, route).tensors(dtype)
-    tensors.named = {n: t.to(DEVICE) for n, t in tensors.named.items()}
-    tensors.u, tensors.v = tensors.u.to(DEVICE), tensors.v.to(DEVICE)
-    return tensors
+    return Case(width, hidden, activations, embedding, (rows,), 0.5, seed, route).tensors(dtype).to(DEVICE)
 
 
 def check(tensors, dtype, cotangents, restore_orders=3, eps=None):
@@ -150,15 +148,17 @@ def test_transformations_see_what_the_operators_do(shape, dtype):
     tensors = tensors_of(shape, dtype)
     x, *rest = tensors.positional()
     options = tensors.options()
-    codes, parameters, _ = encode(options["activations"])
-    operands = (x, *rest, tensors.named["inverse_lipschitz"], None)
-    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    opcheck(
-        torch.ops.ilvae_fast.potential_and_map.default, (*operands, codes, parameters, True, True), test_utils=utilities
+    operands = Operands.of(tensors)
+    utilities = [name for name in UTILITIES if name != "test_aot_dispatch_dynamic"]
+    potential_and_map.check(operands, want_potential=True, want_map=True, utilities=utilities)
+    training_terms.check(
+        operands,
+        map_cotangent=tensors.v,
+        potential_cotangent=tensors.u,
+        saved=[],
+        wanted=operands.wanted(),
+        utilities=utilities,
     )
-    everything = 0b1111 | ((1 << len(shape[1])) - 1) << 5
-    terms = (*operands, tensors.v, tensors.u, [], codes, parameters, everything)
-    opcheck(torch.ops.ilvae_fast.training_terms.default, terms, test_utils=utilities)
 
     def loss(x):
         phi, t = functional.potential_and_map(x, *rest, **options)
@@ -184,8 +184,7 @@ def test_a_device_that_is_not_the_current_one():
     device = "cuda:1" if DEVICE == "cuda" else DEVICE
     tensors = tensors_of(STREAMED, torch.float32)
     expected = tensors.gradients(functional, True, True)
-    tensors.named = {n: t.detach().to(device) for n, t in tensors.named.items()}
-    tensors.u, tensors.v = tensors.u.to(device), tensors.v.to(device)
+    tensors = tensors.to(device)
     for name, value in tensors.gradients(functional, True, True).items():
         assert value.device == torch.device(device), name
         torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -9,15 +10,15 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ilvae_fast as il
 from cases import Case
 from ilvae_fast import functional
+from raw_operators import UTILITIES, Operands, map_jvp, potential_and_map, training_terms
 
-OPS = torch.ops.ilvae_fast
+OPERATORS = {"potential_and_map": potential_and_map, "training_terms": training_terms, "map_jvp": map_jvp}
 ACTIVATIONS = tuple(map(il.Activation, ("softplus", "celu", "softplus")))
 EMBEDDINGS = ["none", "identity", "dense"]
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -27,15 +28,6 @@ def _tensors(embedding, dtype=torch.float64, leading=(6,)):
     return Case(3, (4, 5), ACTIVATIONS, embedding, leading, 0.5, 11).tensors(dtype)
 
 
-def _operands(tensors):
-    n = tensors.named
-    x, skip, bias, weights = tensors.positional()
-    return x, skip, bias, weights, n["inverse_lipschitz"], n.get("embedding")
-
-
-CODES = ([0, 3, 0], [1.0, 1.0, 1.0])
-
-
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -43,42 +35,48 @@ def test_opcheck(embedding, requires_grad, dtype):
     tensors = _tensors(embedding, dtype, leading=(2, 3))
     if requires_grad:
         tensors.requires_grad()
-    operands = _operands(tensors)
-    utilities = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if dtype == torch.float64:  # compares gradients to rounding
-        utilities.append("test_aot_dispatch_dynamic")
-    for wanted in [(True, True), (False, True), (True, False)]:
-        opcheck(OPS.potential_and_map.default, (*operands, *CODES, *wanted), test_utils=utilities)
+    operands = Operands.of(tensors)
+    # AOTAutograd's gradients are compared to within float64 rounding
+    utilities = [name for name in UTILITIES if name != "test_aot_dispatch_dynamic" or dtype == torch.float64]
+    for want_potential, want_map in [(True, True), (False, True), (True, False)]:
+        potential_and_map.check(operands, want_potential=want_potential, want_map=want_map, utilities=utilities)
     if not requires_grad:
-        opcheck(OPS.potential_and_map.default, (*operands, *CODES, True, True, True), test_utils=utilities)
-    if requires_grad and RELEASE < (2, 13):
+        potential_and_map.check(operands, want_potential=True, want_map=True, save=True, utilities=utilities)
+    elif RELEASE < (2, 13):
         # differentiating the training terms takes torch.func three levels deep, which older AOTAutograd refuses
         utilities = [name for name in utilities if name != "test_aot_dispatch_dynamic"]
-    everything = 0b1111111 if embedding == "dense" else 0b1101111
     for v, u in [(tensors.v, None), (None, tensors.u), (tensors.v, tensors.u)]:
-        for wanted in (everything, 0b1):
-            opcheck(OPS.training_terms.default, (*operands, v, u, [], *CODES, wanted), test_utils=utilities)
-    opcheck(OPS.map_jvp.default, (*operands, torch.randn_like(operands[0]), *CODES), test_utils=utilities)
+        for wanted in (operands.wanted(), operands.wanted("x")):
+            training_terms.check(
+                operands, map_cotangent=v, potential_cotangent=u, saved=[], wanted=wanted, utilities=utilities
+            )
+    map_jvp.check(operands, tangent=torch.randn_like(operands.x), utilities=utilities)
 
 
 def test_the_operator_itself_refuses_forward_mode_and_saving_under_autograd():
-    tensors = _tensors("none")
-    x, *rest = _operands(tensors)
+    operands = Operands.of(_tensors("none"))
+    outputs = {"want_potential": False, "want_map": True}
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        OPS.potential_and_map(forward_ad.make_dual(x, x), *rest, *CODES, False, True)
+        potential_and_map(replace(operands, x=forward_ad.make_dual(operands.x, operands.x)), **outputs)
+    operands.x.requires_grad_()
     with pytest.raises(ValueError, match="save: got True"):
-        OPS.potential_and_map(x.requires_grad_(), *rest, *CODES, False, True, True)
+        potential_and_map(operands, **outputs, save=True)
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 def test_training_terms_refuse_what_was_not_saved_for_them(embedding):
     tensors = _tensors(embedding)
-    operands = _operands(tensors)
-    saved = OPS.potential_and_map(*operands, *CODES, False, True, True)[2]
-    good = OPS.training_terms(*operands, tensors.v, None, saved, *CODES, 1)[0]
-    torch.testing.assert_close(good, OPS.training_terms(*operands, tensors.v, None, [], *CODES, 1)[0])
-    potential_only = OPS.potential_and_map(*operands, *CODES, True, False, True)[2]
-    torch.testing.assert_close(good, OPS.training_terms(*operands, tensors.v, None, potential_only, *CODES, 1)[0])
+    operands = Operands.of(tensors)
+
+    def gradient_of_x(saved):
+        call = {"map_cotangent": tensors.v, "potential_cotangent": None, "wanted": operands.wanted("x")}
+        return training_terms(operands, **call, saved=saved)[0]
+
+    recomputed = gradient_of_x([])
+    saved = potential_and_map(operands, want_potential=False, want_map=True, save=True)[2]
+    torch.testing.assert_close(gradient_of_x(saved), recomputed)
+    by_the_potential = potential_and_map(operands, want_potential=True, want_map=False, save=True)[2]
+    torch.testing.assert_close(gradient_of_x(by_the_potential), recomputed)
     wrong = [
         saved[:2],
         [saved[0][:3], *saved[1:]],
@@ -89,13 +87,21 @@ def test_training_terms_refuse_what_was_not_saved_for_them(embedding):
     ]
     for bad in wrong:
         with pytest.raises(ValueError, match="saved"):
-            OPS.training_terms(*operands, tensors.v, None, bad, *CODES, 1)
-    for wanted in (-1, 1 << 40):
-        with pytest.raises(ValueError, match="wanted: got"):
-            OPS.training_terms(*operands, tensors.v, None, [], *CODES, wanted)
-    for codes in ([9, 3, 0], [-1, 3, 0], [0, 6, 0], [0, 3]):
-        with pytest.raises(ValueError, match="activations"):
-            OPS.potential_and_map(*operands, codes, CODES[1], False, True)
+            gradient_of_x(bad)
+
+
+@pytest.mark.parametrize("wanted", [-1, 1 << 40])
+def test_training_terms_refuse_gradients_that_do_not_exist(wanted):
+    tensors = _tensors("none")
+    with pytest.raises(ValueError, match="wanted: got"):
+        training_terms(Operands.of(tensors), map_cotangent=tensors.v, potential_cotangent=None, saved=[], wanted=wanted)
+
+
+@pytest.mark.parametrize("codes", [[9, 3, 0], [-1, 3, 0], [0, 6, 0], [0, 3]], ids=str)
+def test_operators_refuse_activations_that_do_not_exist(codes):
+    operands = replace(Operands.of(_tensors("none")), activations=codes)
+    with pytest.raises(ValueError, match="activations"):
+        potential_and_map(operands, want_potential=False, want_map=True)
 
 
 # torch.func: each transformation against the same one of the reference
@@ -311,7 +317,7 @@ def test_functionalisation_sees_the_operators():
     layer, x = il.BrenierMap(3, (5,), dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     torch.testing.assert_close(functionalize(layer)(x), layer(x))
     graph = make_fx(functionalize(layer))(x).graph
-    assert OPS.potential_and_map.default in [node.target for node in graph.nodes]
+    assert potential_and_map.overload in [node.target for node in graph.nodes]
 
 
 # torch.compile
@@ -417,9 +423,6 @@ def _each_operator(tensors, x):
     return t, g.x, functional.brenier_map_jvp(x, torch.ones_like(x), *arguments, **options)[1]
 
 
-NAMES = ("potential_and_map", "training_terms", "map_jvp")
-
-
 @pytest.mark.parametrize("how", ["__torch_function__", "function mode", "dispatch mode", "make_fx", "jit.trace"])
 def test_whoever_watches_sees_the_operators(how):
     """Calls go to the operators directly where nobody watches, and nobody may lose sight of one by that."""
@@ -434,10 +437,10 @@ def test_whoever_watches_sees_the_operators(how):
         if how == "make_fx":
             graph = make_fx(function)(x)
             seen = {str(node.target) for node in graph.graph.nodes}
-            assert {f"ilvae_fast.{name}.default" for name in NAMES} <= seen
+            assert {f"ilvae_fast.{name}.default" for name in OPERATORS} <= seen
         else:
             graph = torch.jit.trace(function, x)
-            assert all(f"ilvae_fast::{name}" in str(graph.inlined_graph) for name in NAMES)
+            assert all(f"ilvae_fast::{name}" in str(graph.inlined_graph) for name in OPERATORS)
         for a, b in zip(graph(2 * x), function(2 * x), strict=True):
             torch.testing.assert_close(a, b)
         return
@@ -450,7 +453,7 @@ def test_whoever_watches_sees_the_operators(how):
         with _FunctionMode() if how == "function mode" else _DispatchMode() as mode:
             results = _each_operator(tensors, x)
         seen = mode.seen
-    assert {getattr(OPS, name).default for name in NAMES} <= set(seen)
+    assert {operator.overload for operator in OPERATORS.values()} <= set(seen)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a.as_subclass(torch.Tensor), b)
 

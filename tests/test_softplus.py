@@ -7,13 +7,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
-from torch.library import opcheck
 
 import ilvae_fast as il
 from ilvae_fast import ops
+from raw_operators import softplus, softplus_backward
 
-OP = torch.ops.ilvae_fast.softplus.default
-BACKWARD = torch.ops.ilvae_fast.softplus_backward.default
 DTYPES = [torch.float32, torch.float64]
 # empty; less than a vector; whole vectors and a rest; several threads
 SHAPES = [(0, 3), (1, 3), (1, 67), (37, 19), (301, 257)]
@@ -75,7 +73,7 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append([*ops.softplus(raws), *BACKWARD(raws, cotangents)])
+            results.append([*ops.softplus(raws), *softplus_backward(raw=raws, cotangents=cotangents)])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -100,10 +98,10 @@ def test_derivatives_of_any_order():
 
 def test_opcheck():
     raws = _raws(shapes=[(2, 3), (1, 2)])
-    opcheck(OP, (raws,))
-    opcheck(OP, ([r.detach() for r in raws],))
+    softplus.check(raw=raws)
     detached = [r.detach() for r in raws]
-    opcheck(BACKWARD, (detached, [torch.randn_like(r) for r in detached]))
+    softplus.check(raw=detached)
+    softplus_backward.check(raw=detached, cotangents=[torch.randn_like(r) for r in detached])
 
 
 def test_transformations_take_pytorchs_own():
@@ -118,7 +116,7 @@ def test_transformations_take_pytorchs_own():
         weight = kind(forward_ad.make_dual(raw, direction))
         torch.testing.assert_close(forward_ad.unpack_dual(weight).tangent, slope * direction)
         with pytest.raises(NotImplementedError, match="softplus: the operator itself has no forward-mode derivative"):
-            OP([forward_ad.make_dual(raw, direction)])
+            softplus(raw=[forward_ad.make_dual(raw, direction)])
     torch.testing.assert_close(torch.compile(kind, backend="eager", fullgraph=True)(raw), kind(raw))
 
 
@@ -157,14 +155,14 @@ def test_a_layer_with_a_hook_on_one_weight_and_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("raw", "cotangents", "words"),
     [
-        (([torch.ones(2, dtype=torch.int64)], [torch.ones(2)]), r"raw\[0\]: got dtype Long, wanted float64 or float32"),
-        (([torch.ones(2)], []), "cotangents: got 0, wanted 1"),
-        (([torch.ones(2)], [torch.ones(3)]), r"cotangents\[0\]: got shape \[3\], wanted \[2\]"),
-        (([torch.ones(2)], [torch.ones(2).double()]), r"cotangents\[0\]: got dtype Double, wanted Float"),
+        ([torch.ones(2, dtype=torch.int64)], [torch.ones(2)], r"raw\[0\]: got dtype Long, wanted float64 or float32"),
+        ([torch.ones(2)], [], "cotangents: got 0, wanted 1"),
+        ([torch.ones(2)], [torch.ones(3)], r"cotangents\[0\]: got shape \[3\], wanted \[2\]"),
+        ([torch.ones(2)], [torch.ones(2).double()], r"cotangents\[0\]: got dtype Double, wanted Float"),
     ],
 )
-def test_refusals(arguments, words):
+def test_refusals(raw, cotangents, words):
     with pytest.raises(ValueError, match=words):
-        BACKWARD(*arguments)
+        softplus_backward(raw=raw, cotangents=cotangents)
