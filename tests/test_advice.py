@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ilvae_fast as il
-from ilvae_fast import cli
 from ilvae_fast.data import load
 from ilvae_fast.training import TrainConfig, advice_for, build_model, sweep, train
 from ilvae_fast.training.config import model_config
@@ -25,7 +24,7 @@ from ilvae_fast.vae.likelihoods import (
     NegativeBinomial,
     Poisson,
 )
-from training_cases import small
+from training_cases import interrupt, run_command, small
 
 SPECTRUM = (9.0, 4.0, 2.25, 0.81, 0.49, 0.25, 0.04)  # principal variances
 
@@ -265,21 +264,15 @@ def test_bad_arguments_are_named(x, latent_dim, likelihood, error, message):
 # runs
 
 
-def run(capsys, *arguments: str, status: int = 0) -> str:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    assert (caught.value.code or 0) == status, captured.err
-    return captured.err if status else captured.out
-
-
 def test_the_command_prints_the_advice_of_a_run(tmp_path, capsys):
-    printed = run(capsys, "advise", "--data", "digits", "--latent-dim", "5", "--picture", str(tmp_path / "a.png"))
+    printed = run_command(
+        capsys, "advise", "--data", "digits", "--latent-dim", "5", "--picture", str(tmp_path / "a.png")
+    )
     assert printed.startswith(str(il.advise(load("digits").train, 5, "bernoulli")))  # as build_model has it
     assert (tmp_path / "a.png").is_file()
     options = ["--set", "model_options.likelihood=gaussian", "--set", "model_options.likelihood_options.scale=0.5"]
-    assert "5 principal deviations exceed sigma = 0.5" in run(capsys, "advise", "--latent-dim", "20", *options)
-    assert "wanted" in run(capsys, "advise", "--latent-dim", "65", status=2)
+    assert "5 principal deviations exceed sigma = 0.5" in run_command(capsys, "advise", "--latent-dim", "20", *options)
+    assert "wanted" in run_command(capsys, "advise", "--latent-dim", "65", status=2)
 
 
 @pytest.mark.parametrize("data", ["digits", "synthetic_text"])
@@ -306,10 +299,6 @@ def test_a_run_with_the_advised_constant(tmp_path, capsys):
 
 
 def test_a_run_that_goes_on_has_the_same_constant(tmp_path):
-    def interrupt(step, steps, values):
-        if step == 8:
-            raise KeyboardInterrupt
-
     config = small(tmp_path / "run", L="auto", checkpoint_every=5)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt)
@@ -324,7 +313,7 @@ def test_auto_among_the_constants_of_a_sweep(tmp_path, capsys):
     capsys.readouterr()
     sized = ["--data", "toy", "--latent-dim", "2", "--epochs", "1", "--cpu", "--set", "data_options.num_train=200"]
     few = ["--set", "num_importance_samples=2", "--set", "fisher_samples=2", "--set", "eval_limit=20"]
-    printed = run(capsys, "sweep", *sized, *few, "--L", "auto", "--L", "1", "--output", str(tmp_path / "other"))
+    printed = run_command(capsys, "sweep", *sized, *few, "--L", "auto", "--L", "1", "--output", str(tmp_path / "other"))
     assert re.search(r"L=auto seed=0 +\S", printed)
     assert [row["L"] for row in json.loads((tmp_path / "other" / "sweep.json").read_text())] == ["auto", 1.0]
 
@@ -332,9 +321,9 @@ def test_auto_among_the_constants_of_a_sweep(tmp_path, capsys):
 def test_what_is_no_constant_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="L: got 'atuo', wanted a finite number >= 0 or 'auto'"):
         small(tmp_path, L="atuo")
-    assert "L: got 'x', wanted" in run(capsys, "train", "--L", "x", status=2)
-    assert "L: got nan" in run(capsys, "train", "--L", "nan", status=2)
-    printed = run(capsys, "train", "--model", "vae", "--L", "auto", "--output", str(tmp_path / "vae"), status=2)
+    assert "L: got 'x', wanted" in run_command(capsys, "train", "--L", "x", status=2)
+    assert "L: got nan" in run_command(capsys, "train", "--L", "nan", status=2)
+    printed = run_command(capsys, "train", "--model", "vae", "--L", "auto", "--output", str(tmp_path / "vae"), status=2)
     assert "L: got auto for 'vae', whose decoder has no such constant" in printed
     with pytest.raises(ValueError, match="resolved"):
         model_config(small(tmp_path, L="auto"), load("toy"))

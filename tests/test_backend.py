@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from cases import WAYS
+from cases import WAYS, Case
 from ilvae_fast import _backend
+from raw_operators import Operands, map_jvp, potential_and_map, training_terms
 
 
 def test_use_backend_switches_and_restores():
@@ -83,15 +84,19 @@ def test_a_mismatched_torch_is_named_with_the_cure():
     assert "pip install --no-build-isolation" in message
 
 
+@pytest.mark.skipif(il.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
 def test_a_cuda_tensor_without_cuda_kernels_names_the_cure():
-    if torch.cuda.is_available() and not il.build_info()["cuda"]:
-        layer = il.BrenierMap(3, (4,), device="cuda")
+    tensors = Case(3, (4,), (il.Activation("softplus"),) * 2, "none", (2,), 0.5, 1).tensors(torch.float32)
+    operands = Operands.of(tensors)
+    calls = [
+        (potential_and_map, {"want_potential": True, "want_map": True}),
+        (training_terms, {"map_cotangent": tensors.v, "potential_cotangent": None, "saved": [], "wanted": 1}),
+        (map_jvp, {"tangent": operands.x}),
+    ]
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # as the dispatcher has it for a CUDA tensor
+    for operator, own in calls:
         with pytest.raises(NotImplementedError, match=r"no CUDA kernels.*use_backend"):
-            layer(torch.randn(2, 3, device="cuda"))
-    else:
-        kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        for name in ("potential_and_map", "training_terms", "map_jvp"):
-            assert kernel(f"ilvae_fast::{name}", "CUDA")
+            operator.overload.redispatch(on_cuda, **operator.arguments(operands, **own))
 
 
 # plans

@@ -1,3 +1,5 @@
+"""Decoders of LIDVAE, converted: the same function, the same gradients."""
+
 import pytest
 import torch
 
@@ -47,5 +49,5 @@ def test_refusals(theirs):
     with pytest.raises(ValueError, match=r"no key 'decoder\.1\.A\.1\.bias'"):
         il.convert.from_lidvae({k: v for k, v in state.items() if k != "decoder.1.A.1.bias"}, 0.5)
     state["decoder.1.W.1.param"] = torch.zeros(5, 6)
-    with pytest.raises(ValueError, match=r"W\.1 of a map has shape \(5, 6\), wanted \(4, 5\)|has shape"):
+    with pytest.raises(ValueError, match=r"W\.1 of a map has shape \(5, 6\), wanted \(4, 5\)"):
         il.convert.from_lidvae(state, 0.5)

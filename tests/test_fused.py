@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,8 +142,7 @@ assert torch.equal(run(1000), before)
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_the_map_of_few_rows_of_a_large_network(rows):
-    case = _case(200, (300, 300), "none", rows)
-    tensors = case.__class__(**{**case.__dict__, "route": "auto"}).tensors(torch.float64)
+    tensors = replace(_case(200, (300, 300), "none", rows), route="auto").tensors(torch.float64)
     for name, a, b in zip(("potential", "map"), tensors.outputs(), tensors.outputs(reference), strict=True):
         assert_equal_to_rounding(name, a, b)
 
@@ -150,10 +150,9 @@ def test_the_map_of_few_rows_of_a_large_network(rows):
 @pytest.mark.slow
 def test_operands_above_the_budget_are_worked_through_in_chunks():
     case = _case(1500, (1500, 1500), "none", 1600, later="softplus")  # without kinks: float32 against float32
-    tensors = case.tensors(torch.float32)
     with threads(2):
-        ours = tensors.gradients(functional, True, False)
-    matmul = case.__class__(**{**case.__dict__, "route": "matmul"}).tensors(torch.float32)
+        ours = case.tensors(torch.float32).gradients(functional, True, False)
+    matmul = replace(case, route="matmul").tensors(torch.float32)
     for name, value in matmul.gradients(functional, True, False).items():
         assert float((ours[name] - value).abs().max()) < 1e-5 * float(value.abs().max()), name
 
@@ -161,9 +160,20 @@ def test_operands_above_the_budget_are_worked_through_in_chunks():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability):
-    here = __file__
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", here, "-k", "reference or bits"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "reference or bits",
+        ],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         check=True,
     )

@@ -1,3 +1,5 @@
+"""Parametrisations of non-negative weights: values, inverses, derivatives, refusals."""
+
 import pytest
 import torch
 

@@ -27,14 +27,9 @@ from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
 from ilvae_fast.training.state import Batches, Position, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
-from training_cases import OPTIONS, SMALL, small, state_of
+from training_cases import OPTIONS, SMALL, interrupt, small, state_of
 
 ROOT = Path(__file__).parents[1]
-
-
-def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
-    if step == 8:
-        raise KeyboardInterrupt
 
 
 def interrupted(config: TrainConfig) -> Path:
@@ -254,8 +249,10 @@ def test_mixtures_are_trained_and_clustered(tmp_path, model):
 
 
 @pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"max_grad_norm": 0.5, "warmup_steps": 3}])
-def test_options_of_the_loop(tmp_path, fields):
-    assert math.isfinite(train(small(tmp_path, **fields))["nll"])
+def test_options_of_the_loop_have_an_effect(tmp_path, fields):
+    plain, changed = train(small(tmp_path / "plain")), train(small(tmp_path / "changed", **fields))
+    assert math.isfinite(changed["nll"])
+    assert changed["train_loss"] != plain["train_loss"]
 
 
 def test_runs_of_several_precisions_share_a_process(tmp_path):

@@ -1,11 +1,13 @@
-"""Small runs."""
+"""Small runs, and the command line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from torch import Tensor
 
+from ilvae_fast import cli
 from ilvae_fast.training import TrainConfig
 from ilvae_fast.vae import VAE
 
@@ -24,6 +26,21 @@ OPTIONS = {"encoder_hidden": [6], "decoder_hidden": [[5], [6]]}
 
 def small(folder: Path, **fields) -> TrainConfig:
     return TrainConfig.from_dict({**SMALL, "model_options": OPTIONS, "output": str(folder), **fields})
+
+
+def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
+    """Progress that ends a run of :func:`small` after the eighth of its twelve steps, in the second epoch."""
+    if step == 8:
+        raise KeyboardInterrupt
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    """What ``ilvae-fast ARGUMENTS`` prints: the output, or the error where it ends with another status than 0."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert (caught.value.code or 0) == status, captured.err
+    return captured.err if status else captured.out
 
 
 def state_of(model: VAE) -> dict[str, Tensor]:
