@@ -66,7 +66,7 @@ class Problem:
         return Problem(self.dtype, self.activations, named, v, u)
 
     def shuffled(self, seed: int) -> tuple[Problem, dict[str, tuple[Tensor, ...]]]:
-        """The same network with units and coordinates in another order, and the order, by axis, of each result."""
+        """The same network with units and coordinates permuted, and the permutation of each axis of each result."""
         generator = torch.Generator().manual_seed(seed)
 
         def order(*sizes):
@@ -94,7 +94,7 @@ class Problem:
         return Problem(self.dtype, self.activations, named, v, self.u), orders
 
     def plain_in_other_orders(self, count: int) -> dict[str, Tensor]:
-        """:meth:`plain` and ``count`` times the same from sums in other orders, stacked."""
+        """:meth:`plain`, and ``count`` times the same with sums in other orders, stacked."""
         results = [self.plain()]
         for seed in range(count):
             other, orders = self.shuffled(seed)
@@ -106,7 +106,7 @@ class Problem:
         return {name: torch.stack([r[name] for r in results]) for name in results[0]}
 
     def absolute_terms(self) -> dict[str, Tensor]:
-        """For each gradient the sum over rows of the absolute values of what a row contributes."""
+        """For each gradient, the sum over rows of the absolute contributions."""
         rows = [self.row(i).plain() for i in range(self.named["x"].shape[0])]
         return {n: torch.stack([r[n].abs() for r in rows]).sum(0) for n in rows[0] if n.startswith("grad")}
 
@@ -147,8 +147,7 @@ def padded(problem: Problem, streamed: bool = False) -> tuple[int, int]:
 def program(
     kind: str, problem: Problem, training: bool, mode: str = "plain", streamed: bool = False, **fault: Any
 ) -> Program:
-    """The kernel for a network: of the map, or of the training terms. ``fault``: what is wrong with it, as
-    :class:`Program` takes it."""
+    """The kernel for a network, of the map or of the training terms; ``fault`` plants one, see :class:`Program`."""
     n, d = padded(problem, streamed)
     layers = 0 if not training else 1 if streamed else len(problem.weights())
     shape = {"KIND": kind, "WIDTH": n, "INPUT": d, "LAYERS": layers, "STREAMED": int(streamed)}
@@ -157,7 +156,7 @@ def program(
 
 @dataclass
 class Stacks:
-    """What the sweep with streamed weights leaves to products, as csrc/cuda/fused.h has it (FusedCall)."""
+    """The operands of the products that end the training terms with streamed weights (FusedCall, csrc/cuda/fused.h)."""
 
     x: Tensor
     h: Tensor
@@ -174,7 +173,7 @@ class Stacks:
         return cls(stack(width), stack(sum(hidden[:-1])), stack(sum(hidden)))
 
     def gradients(self, problem: Problem) -> dict[str, Tensor]:
-        """Of A, but for its last row, and of W_2 .. W_K, as matrix products in float32 or 16 bits have them."""
+        """The gradients of A, except its last row, and of W_2 .. W_K."""
         width, hidden = problem.named["skip_weight"].shape[1], [w.shape[1] for w in problem.weights()]
 
         def product(d, z):
@@ -289,13 +288,13 @@ def arguments(problem: Problem) -> tuple:
 
 def check(kind: str, problem: Problem, ours: dict[str, Tensor]) -> None:
     exact = problem.to(torch.float64).plain()
-    if kind == "tf32":  # as float32 with operands of 11 bits: eager has no such thing on the CPU
+    if kind == "tf32":  # eager PyTorch has no products of 11-bit operands on the CPU
         for name, value in ours.items():
             scale = exact[name].abs().max() + 1e-30
             error = float((value.double() - exact[name]).abs().max() / scale)
             assert error <= 4 * 2**-11, f"{name}: relative error {error:.3g}"
         return
-    # on few rows the error of a single computation is a matter of luck
+    # on few rows the error of a single computation varies a lot
     eager = problem.plain_in_other_orders(0 if len(problem.named["x"]) > 32 else 31)
     terms = problem.to(torch.float64).absolute_terms()
     terms.pop("grad of x", None)

@@ -34,13 +34,13 @@ def _python(code, **environment):
     )
 
 
-def test_the_environment_is_read_once_and_ranks_lowest():
+def test_the_environment_variable_sets_the_backend():
     code = "import ilvae_fast as il, ilvae_fast._backend as b; print(b.current_backend())"
     assert _python(code, ILVAE_FAST_BACKEND="reference").stdout.strip() == "reference"
     assert "ILVAE_FAST_BACKEND: got 'fast'" in _python(code, ILVAE_FAST_BACKEND="fast").stderr
 
 
-def test_build_info_is_about_this_build():
+def test_build_info_describes_this_build():
     info = il.build_info()
     assert info["version"] == il.__version__
     assert info["torch"] == str(torch.__version__)
@@ -123,7 +123,7 @@ def test_plan_counts_flops_and_bytes():
     assert il.plan(510, 2, (64, 64), dtype=torch.bfloat16).route == "matmul"
 
 
-def test_plan_sees_the_injection():
+def test_plan_counts_the_embedding():
     wide, narrow = il.plan(128, 784, (512, 512)), il.plan(128, 784, (512, 512), embedding_features=10)
     skip = 2 * 128 * 784 * 1025
     assert wide.training_flops - narrow.training_flops == pytest.approx(2 * skip * (1 - 10 / 784))

@@ -1,4 +1,4 @@
-"""The command line, from its words to the files it leaves."""
+"""The command line, from its arguments to the files it writes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_sweep_takes_the_grid_of_its_configuration(tmp_path, capsys):
     run_command(capsys, "sweep", *SMALL, "--set", "L=0.5", "--set", "seed=4", "--output", str(one))
     rows = json.loads((one / "sweep.json").read_text())
     assert [(row["L"], row["seed"]) for row in rows] == [(0.5, 4)]
-    config = str(one / "L0.5-seed4" / "config.yaml")  # which has an output too
+    config = str(one / "L0.5-seed4" / "config.yaml")  # its own output is ignored
     run_command(capsys, "sweep", "--config", config, "--seed", "5", "--output", str(other))
     assert [(row["L"], row["seed"]) for row in json.loads((other / "sweep.json").read_text())] == [(0.5, 5)]
     printed = run_command(capsys, "sweep", *SMALL, "--set", "output=x", "--output", str(tmp_path / "third"), status=2)
@@ -76,8 +76,8 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     assert (heading, absent) == (["run", "NLL"], ["a"])
 
 
-def test_warnings_stand_under_the_table(tmp_path, capsys):
-    # an L far beyond what the data spread: worse than their mean
+def test_warnings_are_printed_under_the_table(tmp_path, capsys):
+    # an L far beyond the spread of the data fits worse than their mean
     steep = ["--model", "il-lidvae", "--L", "900", "--output", str(tmp_path / "steep")]
     printed = run_command(capsys, "train", *SMALL, *steep)
     measures = json.loads((tmp_path / "steep" / "metrics.json").read_text())
@@ -92,7 +92,7 @@ def test_warnings_stand_under_the_table(tmp_path, capsys):
     assert f"steep: {warning[:50]}" in " ".join(run_command(capsys, "eval", str(tmp_path / "steep"), *few).split())
 
 
-def test_runs_of_an_earlier_version_are_shown_with_what_they_have(tmp_path, capsys):
+def test_runs_of_an_earlier_version_are_reported(tmp_path, capsys):
     """Their metrics.json has no gain, no directions and no warnings."""
     earlier = {"nll": 1.5, "elbo_kl": 2.25, "active_units": 2, "mutual_information": 0.125, "certified": None}
     for name, measures in (("a", earlier), ("b", {**earlier, "gain": -0.5, "warnings": ["Beware [of] this."]})):
@@ -135,7 +135,7 @@ def test_info_and_bench(capsys):
         (["sample", "nowhere"], "run: no finished run"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     printed = run_command(capsys, *arguments, status=2)
     assert message in printed

@@ -30,7 +30,7 @@ def test_outputs_and_gradients_are_equal_to_rounding(theirs):
             torch.testing.assert_close(raw.grad, weight.param.grad)
 
 
-def test_a_whole_model_and_its_dtype(theirs):
+def test_the_state_of_a_whole_model_keeps_its_dtype(theirs):
     state = {f"model.{k}": v.float() for k, v in theirs.state_dict().items()} | {"encoder.weight": torch.ones(1)}
     decoder = il.convert.from_lidvae(state, 0.0)
     assert decoder.data_map.skip_weight.dtype == torch.float32

@@ -75,8 +75,8 @@ def test_no_races_and_no_stray_accesses(kind, hidden, mode):
     check(kind, problem, execute(kind, problem, seed=2, mode=mode))
 
 
-def test_the_common_way_in_three_passes_of_tf32():
-    """Without the flush of the accumulator every 16 columns tensor cores lose two digits: see csrc/cuda/fused.cuh."""
+def test_three_passes_of_tf32_are_as_accurate_as_float32():
+    """Tensor cores would lose two digits without the flush of the accumulator every 16 columns: csrc/cuda/fused.cuh."""
     problem = Problem.random(torch.float32, 64, 64, (128, 128), SOFT[:3], seed=5)
     ours, exact = execute("tf32x3", problem), problem.to(torch.float64).plain()
     for name in ("map", "grad of x", "grad of skip_weight", "grad of weights[0]"):
@@ -84,7 +84,7 @@ def test_the_common_way_in_three_passes_of_tf32():
         assert error < 8e-7, f"{name}: {float(error):.3g}"
 
 
-def test_weights_of_many_blocks():
-    """Rows for more blocks than the eight warps of the reduction, most of which add more than one part."""
+def test_a_reduction_over_many_blocks():
+    """More blocks than the reduction has warps, so that most warps add more than one part."""
     problem = Problem.random(torch.float32, 700, 2, (32,), SOFT[:2])
     check("tf32x3", problem, execute("tf32x3", problem, blocks=20))

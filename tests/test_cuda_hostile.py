@@ -17,7 +17,7 @@ from cuda_cases import CODES, DTYPES, SOFT, Problem, Stacks, Sums, check, execut
 from executor import ROOT, ExecutorError, Program
 from ilvae_fast import Activation
 
-# ---- random networks, on programs that other tests have compiled already
+# ---- random networks, of shapes that other tests compile too
 
 
 @st.composite
@@ -27,7 +27,7 @@ def networks(draw):
     hidden = tuple(draw(st.lists(st.integers(1, 32), min_size=depth, max_size=depth)))
     width = draw(st.integers(1, 16))
     parameters = {"softplus": (0.5, 1.0, 5.0), "celu": (0.5, 1.0, 2.0)}
-    # at a kink 16 bits decide by luck on which side a pre-activation falls, ours and eager's each by its own
+    # in 16 bits, rounding decides on which side of a kink a pre-activation falls, and differently from eager's
     first, later = (FIRST, LATER) if kind == "tf32x3" else (SMOOTH, SMOOTH)
     activations = [draw(st.sampled_from(first)), *(draw(st.sampled_from(later)) for _ in range(depth))]
     problem = Problem.random(
@@ -53,7 +53,7 @@ def test_random_networks(streamed, network):
     check(kind, problem, execute(kind, problem, blocks=blocks, seed=seed, streamed=streamed))
 
 
-# ---- what is not wanted is not written
+# ---- unwanted outputs
 
 
 @pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
@@ -73,12 +73,12 @@ def test_absent_outputs(kind, mode):
         assert torch.equal(value, full[f"grad of {name}"]), name
 
 
-# ---- a bad row stays alone
+# ---- non-finite and large values
 
 
 @pytest.mark.parametrize("kind", sorted(DTYPES))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_row_spoils_no_other(kind, value):
+def test_a_nonfinite_row_affects_no_other(kind, value):
     problem = Problem.random(DTYPES[kind], 75, 6, (32, 30), SOFT[:3])
     sound = execute(kind, problem)
     problem.named["x"][40, 2] = value
@@ -90,7 +90,7 @@ def test_a_bad_row_spoils_no_other(kind, value):
 
 
 def test_large_pre_activations_stay_finite():
-    """Where softplus saturates nothing overflows on the way: no inf * 0, no exp of the wrong branch."""
+    """Where softplus saturates, no intermediate value overflows."""
     for kind in ("tf32x3", "bfloat16"):
         problem = Problem.random(DTYPES[kind], 40, 6, (32, 30), SOFT[:3])
         problem.named["x"] = problem.named["x"] * 3e4
@@ -98,7 +98,7 @@ def test_large_pre_activations_stay_finite():
             assert value.isfinite().all(), f"{name} in {kind}"
 
 
-# ---- the executor notices the absence of every barrier
+# ---- barriers taken away
 
 
 def source_of(name: str) -> Path:
@@ -119,23 +119,23 @@ def barriers() -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "line"), barriers())
-def test_every_barrier_is_needed_and_missed(name, line):
+def test_the_absence_of_any_barrier_is_detected(name, line):
     streamed, fault = name == "streamed.cuh", {"without_barrier": (name, line)}
     problem = Problem.random(torch.bfloat16, 150 if streamed else 100, 7, (32, 30), SOFT[:3], inputs=5)
     with pytest.raises(ExecutorError, match=r"data race|uninitialised"):  # noqa: PT012 any launch may show it
         execute("bfloat16", problem, seed=2, mode="races", streamed=streamed, **fault)
         there, back = (program("bfloat16", problem, training, "races", streamed, **fault) for training in (False, True))
         launch(there, problem, potential=torch.zeros(len(problem.named["x"]), dtype=torch.bfloat16), blocks=1, seed=2)
-        if streamed:  # without grad_x, and so without A_k on the way down
+        if streamed:  # without grad_x, A_k is not streamed on the way down
             sums, stacks = Sums.of(problem, streamed, blocks=1), Stacks.of(problem)
             launch(back, problem, sums=sums, stacks=stacks, blocks=1, seed=2)
 
 
-# ---- and other faults, planted
+# ---- other planted faults
 
 
 def planted(folder: Path, name: str, *changes: tuple[str, str]) -> Path:
-    """A folder to include with changes to one of the kernels' files, each of text that is there once."""
+    """A folder to include, with a changed copy of one of the kernels' files; each changed text occurs once in it."""
     path = source_of(name)
     source = path.read_text()
     for old, new in changes:
@@ -159,7 +159,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", FAULTS.values(), ids=FAULTS)
-def test_a_fault_in_streaming_is_found(changes, tmp_path):
+def test_a_fault_in_streaming_is_detected(changes, tmp_path):
     include = planted(tmp_path, "streamed.cuh", *changes)
     problem = Problem.random(torch.float32, 40, 8, (40, 24), SOFT[:3])
     with pytest.raises(ExecutorError, match=r"data race|uninitialised"):
@@ -167,7 +167,7 @@ def test_a_fault_in_streaming_is_found(changes, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missing_flush_is_found(tmp_path):
+def test_a_missing_flush_is_detected(tmp_path):
     changes = [("mma<kind>(sum, a.low[step], high[step]);", "mma<kind>(c, a.low[step], high[step]);")]
     changes += [("mma<kind>(sum, a.high[step], low[step]);", "mma<kind>(c, a.high[step], low[step]);")]
     changes += [("mma<kind>(sum, a.high[step], high[step]);", "mma<kind>(c, a.high[step], high[step]);")]
@@ -181,7 +181,7 @@ def test_a_missing_flush_is_found(tmp_path):
 
 
 def strided(values: torch.Tensor, gap: int, offset: int) -> torch.Tensor:
-    """The same rows within a larger array full of NaN, so far apart and starting at an odd place."""
+    """The same rows within a larger array full of NaN, ``gap`` elements apart and starting at ``offset``."""
     rows = values.reshape(len(values), -1)
     room = torch.full((len(rows) * (rows.shape[1] + gap) + offset + 8,), float("nan"), dtype=values.dtype)
     view = room[offset:].as_strided(rows.shape, (rows.shape[1] + gap, 1))
@@ -190,7 +190,7 @@ def strided(values: torch.Tensor, gap: int, offset: int) -> torch.Tensor:
 
 
 class Pointer:
-    """A view as the executor wants it: with its address, whatever its strides."""
+    """A strided view by its address alone: the executor refuses tensors that are not contiguous."""
 
     def __init__(self, t):
         self.t, self.device = t, t.device
@@ -208,7 +208,7 @@ def test_any_types_strides_and_alignments(gap, offset):
     problem = Problem.random(torch.bfloat16, 50, 12, (31, 32), (*SOFT[:2], Activation("identity")), inputs=8, seed=gap)
     exact = problem.to(torch.float64).plain()
     named = problem.named
-    # every value is a bfloat16, so that the wider types hold it exactly
+    # every value is a bfloat16, which the wider types hold exactly
     arrays = [
         named["x"].float(),
         named["skip_weight"],

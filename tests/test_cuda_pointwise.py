@@ -53,7 +53,7 @@ def derivatives(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_rounded(name: str, ours: Tensor, exact: Tensor, terms: Tensor | float = 0.0) -> None:
-    """Equal but for the rounding of the result and a few of the arithmetic, relative to ``terms``."""
+    """Equal up to the rounding of the result, and a few roundings of the arithmetic relative to ``terms``."""
     real = torch.float64 if ours.dtype == torch.float64 else torch.float32
     allowed = torch.finfo(ours.dtype).eps * exact.abs() + 64 * torch.finfo(real).eps * (exact.abs() + terms + 1)
     wrong = ~((ours.double() - exact).abs() <= allowed)

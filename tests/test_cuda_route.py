@@ -62,7 +62,7 @@ def as_it_is(t: Tensor) -> Tensor:
 
 
 def sliced(t: Tensor) -> Tensor:
-    """The same in an odd place of a larger tensor full of NaN; vectors with gaps."""
+    """The same values at an offset within a larger tensor full of NaN; vectors with gaps."""
     room = torch.full((t.shape[0] + 1, *(3 * s + 4 for s in t.shape[1:])), float("nan"), dtype=t.dtype)
     view = room[1:, 3 : 3 + t.shape[1]] if t.dim() > 1 else room.new_full((3 * len(t) + 1,), float("nan"))[1::3]
     return view.copy_(t)
@@ -136,7 +136,7 @@ def test_values_and_gradients(route, kind, shape, cotangents):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [150, 128, 97])
 def test_chunks(route, kind, rows):
-    """The same gradients, but for the order of sums; what belongs to a row bit for bit."""
+    """Gradients are the same up to the order of sums; results of a row are the same bit for bit."""
     problem = random(kind, STREAMED, rows, inputs=30)
     whole = run(route, problem)
     route.stack_at_most(rows * 600)  # 2 (48 + 176 + 304) elements a row
@@ -167,7 +167,7 @@ def test_expanded_cotangents(route):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [RESIDENT, STREAMED], ids=["resident", "streamed"])
-def test_what_is_not_wanted(route, kind, shape):
+def test_unwanted_results_are_not_computed(route, kind, shape):
     problem = random(kind, shape, 60, inputs=5)
     route.stack_at_most(20_000)
     full = run(route, problem)
@@ -176,7 +176,7 @@ def test_what_is_not_wanted(route, kind, shape):
         output = "map" if "x" in wanted else "potential"
         ours = run(route, problem, outputs=[output], wanted=wanted)
         assert set(ours) == {output, *(f"grad of {name}" for name in wanted)}
-        # fewer operands to keep: fewer chunks, so other sums over them
+        # with fewer operands there are fewer chunks, and sums in another order
         for name, value in ours.items():
             exact = name in ("potential", "map", "grad of x") or shape is RESIDENT
             scale = 0.0 if exact else 2e-6 if kind == "tf32x3" else 2e-2
@@ -194,7 +194,7 @@ def test_what_is_not_wanted(route, kind, shape):
     ],
     ids=str,
 )
-def test_products_in_another_type(route, shape, tensors, operands):
+def test_products_in_another_dtype(route, shape, tensors, operands):
     problem = random("bfloat16", shape, 77, inputs=shape[0] - 3).to(tensors)  # values that both types hold
     route.stack_at_most(100_000)
     ours, exact = run(route, problem, operands=operands), problem.to(torch.float64).plain()
@@ -215,7 +215,7 @@ def test_tf32_by_either_name(route, shape):
         expected = run(route, problem)
     finally:
         matmul.allow_tf32 = False
-    matmul.fp32_precision = "tf32"  # the newer name; the older one then raises
+    matmul.fp32_precision = "tf32"  # the newer name, after which the older one raises
     try:
         assert_same(run(route, problem), expected)
     finally:

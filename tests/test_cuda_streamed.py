@@ -65,14 +65,14 @@ def test_absent_outputs(kind, mode):
         out = torch.full_like(full[wanted], float("nan"))
         launch(there, problem, **{wanted: out}, seed=3)
         assert torch.equal(out, full[wanted]), f"{wanted} alone"
-    # parameters alone: A_k passes by only once
+    # parameters alone: A_k is streamed only once
     sums, stacks = Sums.of(problem, streamed=True), Stacks.of(problem)
     launch(back, problem, sums=sums, stacks=stacks, seed=3)
     gradients, left = sums.by_name(), stacks.gradients(problem)
     gradients["skip_weight"] = torch.cat([left.pop("skip_weight"), gradients["skip_weight"]])
     for name, value in (gradients | left).items():
         assert torch.equal(value, full[f"grad of {name}"]), name
-    # x alone: nothing is written for products
+    # x alone: no operands of products are written
     grad_x = torch.full_like(full["grad of x"], float("nan"))
     launch(back, problem, grad_x=grad_x, sums=Sums.of(problem, streamed=True), seed=3)
     assert torch.equal(grad_x, full["grad of x"])
@@ -89,7 +89,7 @@ def test_absent_outputs(kind, mode):
     ],
 )
 def test_only_odd_rows_of_16_bits_are_packed(kind, width, hidden, packed):
-    """Everything else is streamed from where it lies: a launch less."""
+    """All other weights are streamed from where they are, which saves a launch."""
     problem = Problem.random(DTYPES[kind], 20, width, hidden, SOFT[:3])
     potential = torch.zeros(20, dtype=problem.dtype)
     there = program(kind, problem, False, streamed=True)
@@ -97,8 +97,8 @@ def test_only_odd_rows_of_16_bits_are_packed(kind, width, hidden, packed):
     check(kind, problem, execute(kind, problem, streamed=True))
 
 
-def test_the_common_way_in_three_passes_of_tf32():
-    """Without the flush of the accumulator every 16 columns tensor cores lose two digits: csrc/cuda/fragments.cuh."""
+def test_three_passes_of_tf32_are_as_accurate_as_float32():
+    """Tensor cores would lose two digits without the flush of the accumulator: csrc/cuda/fragments.cuh."""
     problem = Problem.random(torch.float32, 32, 64, (256, 256), SOFT[:3], seed=5)
     ours, exact = execute("tf32x3", problem, streamed=True), problem.to(torch.float64).plain()
     for name in ("map", "grad of x", "grad of skip_weight", "grad of weights[0]"):

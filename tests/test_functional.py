@@ -28,10 +28,10 @@ def test_float64_values_and_gradients_equal_the_reference(case, cotangents):
 
 
 def _low_precision(dtype):
-    # In 16 bits luck decides on which side of a kink of s or s' a pre-activation falls.
+    # In 16 bits, rounding decides on which side of a kink of s or s' a pre-activation falls.
     smooth = ["softplus", "smooth_leaky_relu", "identity"]
     kinds = {"first": smooth, "later": smooth} if dtype == torch.bfloat16 else {}
-    # 64 rows, and below six orders of units and coordinates, so that eager's error is not a matter of luck
+    # 64 rows, and six orders of units and coordinates below: a single eager error varies too much
     return st.tuples(st.just(dtype), cases(max_depth=6, max_width=40, leading=(64,), **kinds))
 
 
@@ -40,7 +40,7 @@ def test_low_precision_is_as_accurate_as_eager(dtype_and_case, cotangents):
     dtype, case = dtype_and_case
     tensors = case.tensors(dtype)
     if dtype == torch.bfloat16:
-        # Products are rounded before the bias is added, by eager after: where it cancels them, eager is more accurate.
+        # We round products before the bias is added, eager after: where the bias cancels them, eager is more accurate.
         tensors.named["bias"].zero_()
     orders = [tensors.rearranged(seed) for seed in range(6)]
     exact = tensors.double()
@@ -236,7 +236,7 @@ def test_no_grad_and_inference_mode_give_the_same_values():
 
 
 @pytest.mark.parametrize(("route", "recompute"), WAYS)
-def test_what_is_kept_for_the_backward_pass(route, recompute):
+def test_memory_saved_for_the_backward_pass(route, recompute):
     case = _case(width=20, hidden=(64, 64), leading=(256,), route=route, recompute=recompute)
     tensors = case.tensors(torch.float32).requires_grad()
     own = {t.untyped_storage().data_ptr() for t in tensors.named.values()}
@@ -256,7 +256,7 @@ def test_what_is_kept_for_the_backward_pass(route, recompute):
 
     if recompute is False:
         assert 0 < saved_bytes(functional) <= saved_bytes(reference) / 2
-    else:  # by default so small a network recomputes, too
+    else:  # by default, so small a network recomputes
         assert saved_bytes(functional) == 0
     with torch.no_grad():
         assert saved_bytes(functional) == 0
@@ -292,7 +292,7 @@ def test_autocast_rounds_products_only(embedding):
         ours = tensors.outputs()
         linear = torch.nn.functional.linear(tensors.v, torch.eye(24))
     assert ours[0].dtype == ours[1].dtype == linear.dtype == torch.bfloat16
-    # never worse than the network run in bfloat16 altogether
+    # at least as accurate as a network that runs in bfloat16 throughout
     eager = low.outputs(reference)[1]
     assert (ours[1].double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
@@ -308,7 +308,7 @@ def _rounded(tensors):
 
 @pytest.fixture
 def nan_in_new_memory():
-    """Every new tensor is full of NaN: what reads memory before it is written shows."""
+    """Every new tensor is full of NaN, so that a read of uninitialised memory shows."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -317,7 +317,7 @@ def nan_in_new_memory():
     torch.use_deterministic_algorithms(False)
 
 
-# Sizes beside the tiles of matrix units, which read more of an operand than its columns (oneDNN's issue 5717).
+# Sizes that do not fill the tiles of matrix units, which may read beyond the columns of an operand (oneDNN #5717).
 @pytest.mark.parametrize("hidden", [(14, 23, 15), (13, 33), (65, 64), (1, 54), (39, 97, 33)], ids=str)
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 @pytest.mark.parametrize("recompute", [False, True])
@@ -438,7 +438,7 @@ def test_refusals(changes, error, words):
         functional.brenier_map(**arguments)
 
 
-def test_the_good_arguments_are_good():
+def test_the_arguments_that_refusals_vary_are_valid():
     assert functional.brenier_map(**GOOD, validate=True).shape == (7, 3)
 
 
@@ -464,7 +464,7 @@ def test_refusals_hold_for_symbolic_shapes_too():
         compiled(X.half())
 
 
-def test_a_constant_given_as_a_number_is_made_once_and_serves_every_mode():
+def test_a_cached_constant_serves_every_mode():
     from torch._subclasses import FakeTensorMode
 
     case = {"activations": ["softplus", "identity"], "inverse_lipschitz": 0.123}
@@ -510,7 +510,7 @@ def test_parameters_may_depend_on_x(with_x):
     torch.testing.assert_close(results[0][0], exact.x)
 
 
-def test_a_transformation_leaves_no_constant_behind():
+def test_a_transformation_caches_no_constant():
     layer, x = il.BrenierMap(3, (5,)), torch.randn(2, 3)
 
     def total(x):

@@ -93,8 +93,8 @@ def test_saved_panels_outlive_a_change_of_the_number_of_threads():
     assert_equal_to_rounding("x", gradient, tensors.gradients(reference, True, False)["x"])
 
 
-def test_what_overflows_off_the_batch_alone_spoils_nothing():
-    # finite on the batch (x = 1), infinite in float32 at x = 0
+def test_overflow_in_padded_rows_is_harmless():
+    # finite on the batch, where x = 1; infinite in float32 on padded rows, where x = 0
     x = torch.ones(3, 4)
     skip, bias = torch.full((9, 4), -1e20 / 4), torch.full((9,), 1e20)
     skip[8], bias[8] = 0.0, 0.0
@@ -108,13 +108,13 @@ def test_what_overflows_off_the_batch_alone_spoils_nothing():
     torch.testing.assert_close(*gradients)
 
 
-def test_a_large_bias_is_rounded_with_once():
+def test_a_large_bias_is_rounded_once():
     torch.manual_seed(0)
     x, row = torch.randn(64, 30), torch.randn(30)
     skip_weight, bias = torch.stack([row, torch.zeros(30)]), torch.tensor([1000.0, -1000.0])
     options = {"activations": ["identity", "identity"], "inverse_lipschitz": 0.0, "route": "fused"}
     phi = functional.potential(x, skip_weight, bias, [torch.ones(1, 1)], **options)
-    half_a_unit = 2.0**-15  # of the last place, at 1000
+    half_a_unit = 2.0**-15  # in the last place of 1000
     assert (phi.double() - x.double() @ row.double()).abs().max() <= 1.1 * half_a_unit
 
 
@@ -148,7 +148,7 @@ def test_the_map_of_few_rows_of_a_large_network(rows):
 
 
 @pytest.mark.slow
-def test_operands_above_the_budget_are_worked_through_in_chunks():
+def test_operands_above_the_budget_are_processed_in_chunks():
     case = _case(1500, (1500, 1500), "none", 1600, later="softplus")  # without kinks: float32 against float32
     with threads(2):
         ours = case.tensors(torch.float32).gradients(functional, True, False)

@@ -61,7 +61,7 @@ def test_elbo_and_gain_of_a_linear_model(latent_dim, data_dim):
     assert linear.elbo() < -linear.nll() + 1e-12
 
 
-def test_the_gain_is_against_training_data_or_what_is_given():
+def test_the_gain_is_relative_to_training_data_or_a_given_baseline():
     linear = Linear(3, 5, orthogonal=True)
     model, x, elsewhere = linear.model, linear.x, linear.x[:20] + 1
     assert metrics.elbo(model, x, 500, generator=seeded()) == pytest.approx(-linear.nll(), abs=0.03)  # q(z|x) is exact
@@ -76,7 +76,7 @@ def test_the_gain_is_against_training_data_or_what_is_given():
 
 
 def test_a_trained_scale_is_fitted_before_the_gain_is_counted():
-    """Else a model would gain by its sigma alone."""
+    """Otherwise a better sigma alone would count as a gain."""
     torch.manual_seed(0)
     x = 5 * torch.randn(300, 4, dtype=DTYPE)
     options = {"decoder": "mlp", "decoder_hidden": (4,), "likelihood_options": {"scale": 5.0, "variance": "trained"}}
@@ -157,7 +157,7 @@ def test_active_directions_of_a_linear_model():
 @given(seed=st.integers(0, 1000), latent_dim=st.integers(2, 5))
 def test_a_rotation_changes_active_units_but_not_directions(seed, latent_dim):
     generator = seeded(seed)
-    x = torch.randn(50, 1, dtype=DTYPE, generator=generator) * torch.eye(latent_dim, dtype=DTYPE)[0]  # one moves
+    x = torch.randn(50, 1, dtype=DTYPE, generator=generator) * torch.eye(latent_dim, dtype=DTYPE)[0]  # one direction
     rotation = torch.linalg.qr(torch.randn(latent_dim, latent_dim, dtype=DTYPE, generator=generator)).Q
     straight, turned = (
         SimpleNamespace(inference=lambda x, q=q: DiagonalGaussian(x @ q, torch.zeros_like(x)))
@@ -173,7 +173,7 @@ def test_a_rotation_changes_active_units_but_not_directions(seed, latent_dim):
     assert variances[0] >= units.max()  # Schur and Horn
 
 
-def test_variances_are_those_of_far_away_means_too():
+def test_variances_are_accurate_for_means_far_from_zero():
     model = SimpleNamespace(inference=lambda x: DiagonalGaussian(x, torch.zeros_like(x)))
     x = torch.randn(1000, 2, generator=seeded()).double() + 1e8
     variances = metrics.active_units(model, x, batch_size=7).variances
@@ -208,7 +208,7 @@ def test_the_bound_is_tight_for_one_latent_and_needs_the_projection():
     linear = Linear(1, 4)
     result = metrics.relative_fisher(linear.model, linear.x, 64)
     assert result.lower_bound == pytest.approx(result.divergence, rel=1e-12)
-    # without it, or with a constant 1 % too large, an inequality would be claimed that does not hold
+    # without the projection, or with a constant 1 % too large, the inequality does not hold
     constant = torch.linalg.svdvals(linear.w).min().item()
     assert constant**2 * linear.residual(torch.eye(4, dtype=DTYPE)) > 1.1 * linear.residual(linear.w.T)
     linear.model.decoder.inverse_lipschitz_bound = lambda: torch.tensor(1.01 * constant, dtype=DTYPE)
@@ -238,7 +238,7 @@ def test_inverse_lipschitz_of_a_linear_decoder():
 
 # brute force on a grid
 
-# whose posteriors a random encoder's samples reach
+# The samples of a random encoder reach the posteriors of such a model.
 GENTLE = {"activation": "softplus"}
 
 
@@ -279,7 +279,7 @@ def test_measures_of_one_latent_against_a_grid(likelihood, options, data_dim):
 
 
 def posterior_of(posterior):
-    """A model whose q(z|x) are those given, one for each datum."""
+    """A model with the given q(z|x), one for each datum."""
     return SimpleNamespace(inference=lambda x: type(posterior)(*(t[x[:, 0].long()] for t in posterior)))
 
 
@@ -312,7 +312,7 @@ def test_mutual_information_against_a_grid(latent_dim, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-def test_mutual_information_holds_no_more_densities_than_it_may(kind, monkeypatch):
+def test_mutual_information_stays_within_its_memory_limit(kind, monkeypatch):
     posterior, held = random_posterior(kind, 6, 4), []
 
     class Watched(type(posterior)):
@@ -355,7 +355,7 @@ def test_a_warning_where_the_latent_gains_nothing_names_the_cure():
     informed = {"elbo_kl": 5.0, "mutual_information": 4.0, "mutual_information_limit": 7.0}
     collapsed = {"elbo_kl": 0.01, "mutual_information": 0.0, "mutual_information_limit": 7.0}
     assert not metrics.diagnose({**informed, "gain": 0.1, "certified": 0.5})
-    assert not metrics.diagnose({**collapsed, "gain": 0.1})  # little, but it is worth it
+    assert not metrics.diagnose({**collapsed, "gain": 0.1})  # a small gain at little cost
     assert not metrics.diagnose({**informed, "gain": None})  # of sequences
     assert not metrics.diagnose({"nll": 1.0})  # of an earlier version
     (warning,) = metrics.diagnose({**informed, "gain": -2.0, "certified": 0.5})
@@ -367,15 +367,15 @@ def test_a_warning_where_the_latent_gains_nothing_names_the_cure():
     (warning,) = metrics.diagnose({**collapsed, "gain": -0.01, "certified": 0.5})
     assert "posterior collapse" in warning
     assert "Try a larger L than 0.5" in warning
-    (warning,) = metrics.diagnose({**collapsed, "gain": -90.0, "certified": 0.5})  # it moves the data for nothing
+    (warning,) = metrics.diagnose({**collapsed, "gain": -90.0, "certified": 0.5})  # stretched without a gain
     assert "Try a smaller L than 0.5" in warning
     (warning,) = metrics.diagnose({**collapsed, "gain": -0.01, "certified": 0.0})
     assert "Try a decoder with L > 0, such as il-lidvae" in warning
     assert len(metrics.diagnose({**informed, "mutual_information": 0.1, "gain": -1.0})) == 2
 
 
-def test_a_steep_decoder_of_data_without_structure_is_found_out():
-    """What active units and KL take for the best model: it encodes where the latent is, and nothing that pays."""
+def test_a_steep_decoder_of_unstructured_data_is_diagnosed():
+    """Active units and KL prefer this model, which encodes z precisely and gains nothing by it."""
     x = 0.2 * torch.randn(500, 4, dtype=DTYPE, generator=seeded())
     linear = Linear(2, 4, orthogonal=True)
     model = linear.model
@@ -504,7 +504,7 @@ class Processes:
 
     def __call__(self, measure):
         sums: list[torch.Tensor] = []
-        while True:  # once more for every reduction, whose sums are known from the time before
+        while True:  # once for every reduction: its sum is known from the round before
             rounds = []
             for part in self.parts:
                 calls: list[torch.Tensor] = []
@@ -520,7 +520,7 @@ class Processes:
             sums.append(sum(calls[len(sums)] for calls in rounds))
 
 
-def test_measures_of_spread_data_are_those_of_all():
+def test_measures_reduced_over_processes_are_those_of_all_data():
     linear = Linear(2, 5, orthogonal=True)
     model, spread = linear.model, Processes([linear.x[:11], linear.x[11:15], linear.x[15:]])
     nll = spread(lambda x, reduce: metrics.negative_log_likelihood(model, x, 1, reduce=reduce))
@@ -611,7 +611,7 @@ def test_a_brenier_jacobian_is_the_one_of_forward_mode():
 
 def test_measures_do_not_depend_on_how_the_data_are_cut():
     linear = Linear(3, 5, orthogonal=True)  # exact q(z|x): one sample's likelihood is free of noise
-    # with labels as of a DataLoader, of uneven sizes, one of them empty
+    # batches with labels, as a DataLoader yields them, of uneven sizes, one of them empty
     batches = [(part, "labels") for part in (linear.x[:7], linear.x[7:7], linear.x[7:30], linear.x[30:])]
     for data, batch_size in ((batches, 1), (linear.x, 9), (linear.x, 1000)):
         nll = metrics.negative_log_likelihood(linear.model, data, 1, batch_size=batch_size)
@@ -636,7 +636,7 @@ def test_measures_do_not_depend_on_how_the_data_are_cut():
     ],
     ids=lambda measure: measure.__name__,
 )  # fmt: skip
-def test_no_data_are_refused(measure, data):
+def test_empty_data_are_refused(measure, data):
     with pytest.raises(ValueError, match="data: got no datum"):
         measure(Linear(3, 5).model, data)
 

@@ -1,4 +1,4 @@
-"""The performance model: what it predicts, and that it stays where its derivation put it."""
+"""The performance model: its predictions, and that plans and kernels agree with it."""
 
 import itertools
 
@@ -15,7 +15,7 @@ FUSED = {
     Network(2, (32, 32), 128): [(4, 7), (4, 6), (3, 6)],
     Network(2, (64, 64), 512): [(7, 9), (5, 8), (5, 7)],
     Network(32, (128, 128), 4096): [(13, 33), (12, 24), (10, 21)],
-    # streamed weights; by single tf32 products the cache is the limit, not the products as was thought
+    # streamed weights; with single tf32 products the cache is the limit, not the products as first derived
     Network(64, (256, 256, 256), 65536): [(690, 1700), None, (190, 470)],
 }
 MATMUL = {

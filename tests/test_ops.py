@@ -248,7 +248,7 @@ def test_functional_call_and_ensembles():
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
 @pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("name", ["brenier_map", "potential", "jvp", "vjp"])
-def test_a_batch_of_cotangents_is_one_after_the_other(name, way, embedding):
+def test_batched_cotangents_equal_single_ones(name, way, embedding):
     tensors = _tensors(embedding)
     tensors.requires_grad()
     x, *rest = tensors.positional()
@@ -415,7 +415,7 @@ class _DispatchMode(TorchDispatchMode):
 
 
 def _each_operator(tensors, x):
-    """Every operator once, by its function."""
+    """Calls every operator once, through its function."""
     _, *arguments = tensors.positional()
     options = {"activations": ACTIVATIONS, "inverse_lipschitz": tensors.named["inverse_lipschitz"]}
     t = functional.brenier_map(x, *arguments, **options)
@@ -424,8 +424,8 @@ def _each_operator(tensors, x):
 
 
 @pytest.mark.parametrize("how", ["__torch_function__", "function mode", "dispatch mode", "make_fx", "jit.trace"])
-def test_whoever_watches_sees_the_operators(how):
-    """Calls go to the operators directly where nobody watches, and nobody may lose sight of one by that."""
+def test_observers_see_the_operators(how):
+    """Without observers, calls bypass torch.ops; observers must see every operator all the same."""
     tensors = _tensors("none")
     x = tensors.named["x"]
     expected = _each_operator(tensors, x)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def interrupted(config: TrainConfig) -> Path:
-    """The first of two checkpoints, after 5 of 6 steps in each of two epochs; the run ended after the eighth."""
+    """The newest checkpoint of a run that ended after the eighth step of twelve."""
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt)
     return latest(config.folder / "checkpoints")
@@ -42,7 +42,7 @@ def interrupted(config: TrainConfig) -> Path:
 # batches
 
 
-def test_batches_of_all_processes_are_a_permutation_without_its_rest():
+def test_batches_of_all_processes_partition_a_permutation():
     x = torch.arange(23).unsqueeze(-1)
     parts = [list(Batches(x, 3, seed=1, process=p, num_processes=2).epoch(4)) for p in (0, 1)]
     together = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)]).flatten()
@@ -62,7 +62,7 @@ def test_data_that_fill_no_batch_are_refused():
 # the loop
 
 
-def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
+def test_a_run_writes_its_files_and_is_not_repeated(tmp_path, monkeypatch):
     config = small(
         tmp_path / "run", L=0.5, annealing={"kl_weight": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 8}}
     )
@@ -101,7 +101,7 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
     (folder / "diverged").symlink_to(tmp_path / "elsewhere")
     (folder / ".metrics.json.abc").write_text("half")
     assert train(other, restart=True)["certified"] == pytest.approx(0.75)
-    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # nothing is left of the other
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # the files of the other run are gone
     assert not (folder / "diverged").is_symlink()
     assert not (folder / ".metrics.json.abc").exists()
     assert (folder / "notes.txt").read_text() == (tmp_path / "elsewhere" / "mine").read_text() == "mine"
@@ -115,7 +115,7 @@ def test_restart_refuses_a_folder_that_holds_no_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "model", "thesis.tex"}
 
 
-def test_config_yaml_is_the_last_to_go(tmp_path, monkeypatch):
+def test_a_restart_deletes_config_yaml_last(tmp_path, monkeypatch):
     config = small(tmp_path)
     interrupted(config)
     monkeypatch.setattr("shutil.rmtree", lambda path: pytest.fail("killed"))
@@ -126,7 +126,7 @@ def test_config_yaml_is_the_last_to_go(tmp_path, monkeypatch):
     assert train(config, restart=True)
 
 
-def test_a_failure_while_measuring_leaves_a_model_and_may_be_mended(tmp_path, monkeypatch):
+def test_a_failure_while_measuring_keeps_the_model_and_may_be_repaired(tmp_path, monkeypatch):
     config = small(tmp_path)
 
     def fail(*args, **kwargs):
@@ -187,7 +187,7 @@ def test_measures_that_are_not_finite_are_named(tmp_path, monkeypatch):
 
 
 def test_the_measures_say_what_the_latent_is_worth(tmp_path, monkeypatch):
-    """By functions of their own each, which are tested against closed forms."""
+    """Each is computed by its own function, which is tested against closed forms."""
     dataset, options = load("toy", **SMALL["data_options"]), {"num_importance_samples": 3, "fisher_samples": 3}
     fields = {"data_dim": 2, "latent_dim": 2, "encoder_hidden": (6,)}
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ def test_the_measures_say_what_the_latent_is_worth(tmp_path, monkeypatch):
     assert given["gain"] == pytest.approx(100 + given["elbo"])
 
 
-def test_noise_is_not_the_stream_of_the_weights(tmp_path, monkeypatch):
+def test_training_noise_is_not_the_random_stream_of_the_weights(tmp_path, monkeypatch):
     streams = []
 
     def seen(config, dataset):
@@ -261,7 +261,7 @@ def test_runs_of_several_precisions_share_a_process(tmp_path):
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
-    # noise that is a function of the datum, so that it does not matter in which part it is
+    # noise as a function of the datum, so that splitting a batch does not change it
     monkeypatch.setattr(
         DiagonalGaussian,
         "sample",
@@ -316,7 +316,7 @@ def test_a_sweep_keeps_the_rows_of_earlier_ones(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path, accumulation):
-    options = {**OPTIONS, "likelihood_options": {"variance": "optimal", "scale": 1e-3}}  # which moves in each step
+    options = {**OPTIONS, "likelihood_options": {"variance": "optimal", "scale": 1e-3}}  # it changes in each step
     config = small(
         tmp_path / "run", learning_rate=1.0, loss_limit=30.0, max_grad_norm=0.5, accumulation=accumulation,
         model_options=options,
@@ -338,7 +338,7 @@ def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path, accum
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path, monkeypatch):
+def test_a_nan_gradient_stops_training_before_it_spoils_the_weights(tmp_path, monkeypatch):
     calls = []
 
     def spoiled(config, dataset):
@@ -361,7 +361,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_pat
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_data_that_are_no_number_are_refused(tmp_path, monkeypatch):
+def test_data_with_nan_are_refused(tmp_path, monkeypatch):
     dataset = load("toy", **SMALL["data_options"])
     dataset.train[7, 0] = math.nan
     monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: dataset)
@@ -399,7 +399,7 @@ def test_the_position_survives_a_checkpoint():
     assert earlier.data == Position(torch.zeros(3, 2)).data
 
 
-def test_a_run_whose_constants_were_annealed_goes_on_without_a_warning(tmp_path):
+def test_a_run_with_annealed_constants_resumes_without_a_warning(tmp_path):
     schedule = {"L1": {"kind": "linear", "start": 3.0, "end": 0.5, "steps": 10}, "L2": 0.8}
     config = small(tmp_path, annealing=schedule, checkpoint_every=4)
     interrupted(config)
@@ -410,7 +410,7 @@ def test_a_run_whose_constants_were_annealed_goes_on_without_a_warning(tmp_path)
     assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.4)
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path):
+def test_a_run_does_not_resume_with_other_data(tmp_path):
     x = np.random.default_rng(0).normal(size=(330, 4)).astype(np.float32)
     config = small(tmp_path / "run", data=f"npz:{tmp_path / 'x.npz'}", data_options={}, checkpoint_every=5)
     np.savez(tmp_path / "x.npz", x_train=x)
@@ -424,7 +424,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "contents.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
-def test_a_checkpoint_that_was_damaged_is_named(tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     config = small(tmp_path, checkpoint_every=4)
     checkpoint = interrupted(config)
     path = checkpoint / name
@@ -448,14 +448,14 @@ def test_tensorboard_shows_each_step_once(tmp_path):
     shown: list[int] = []
     for path in sorted((tmp_path / "tensorboard").glob("events*"), key=lambda p: p.stat().st_mtime_ns):
         for event in EventFileLoader(str(path)).Load():
-            if event.HasField("session_log"):  # from this step on what came before is not shown
+            if event.HasField("session_log"):  # a restart hides earlier events from this step on
                 shown = [step for step in shown if step < event.step]
             shown += [event.step for value in event.summary.value if value.tag == "train/loss"]
     assert shown == list(range(1, 13))
 
 
-# Imports once, then runs each configuration that it reads in a process of its own, whose number it prints; and how that
-# ended, when asked by an empty line.
+# Imports once, then forks for each configuration that it reads and prints the number of the child; for an empty line it
+# prints how the child ended.
 RUNNER = """
 import os, sys, torch, torch.utils.tensorboard
 from ilvae_fast.training import TrainConfig, train
@@ -496,7 +496,7 @@ class Runner:
         self.process.wait(10)
 
 
-def test_a_run_goes_on_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
+def test_a_run_resumes_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
     config = small(tmp_path, checkpoint_every=5)
     sharded = interrupted(config) / "pytorch_model_fsdp_0"
     sharded.mkdir()
@@ -531,7 +531,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
         os.kill(child, signal.SIGKILL)
         assert runner.status() == -signal.SIGKILL, "the run was over before it was killed: make it longer"
         steps.append(latest(checkpoints).name)
-    assert steps == sorted(set(steps))  # each went on where the one before it was
+    assert steps == sorted(set(steps))  # each resumed where the one before it was
     assert steps[-1] < "step-000000150"
     runner.start(killed, tmp_path)
     assert runner.status() == 0

@@ -125,11 +125,13 @@ def test_importance_weights_are_right_where_the_posterior_is_narrower_than_round
     z = torch.full((4, 3), 5.0)
     entropy = 1.5 * (1 - 32 + math.log(2 * math.pi))
     elbo = model.likelihood.log_prob(x, model.generative(z)) + model.prior.log_prob(z) + entropy
-    torch.testing.assert_close(log_weights.mean(0), elbo.detach(), rtol=0, atol=0.15)  # half a chi^2 of three, averaged
+    torch.testing.assert_close(
+        log_weights.mean(0), elbo.detach(), rtol=0, atol=0.15
+    )  # the noise of an averaged half chi^2 of three
 
 
 def test_the_log_likelihood_does_not_depend_on_how_samples_are_cut(monkeypatch):
-    model, x = small_model("vae", latent_dim=4), batch(4)  # 16 values a draw: torch's generator goes by sixteens
+    model, x = small_model("vae", latent_dim=4), batch(4)  # 16 values a draw: PyTorch's generator draws 16 at a time
     whole = model.log_likelihood(x, 20000, torch.Generator().manual_seed(4))
     monkeypatch.setattr("ilvae_fast.vae.model._ROWS", 1000)
     pieces = model.log_likelihood(x, 20000, torch.Generator().manual_seed(4))
@@ -216,7 +218,7 @@ def test_the_loss_of_a_mixture_sums_over_its_components(name):
     assignment = model.prior.assignment_kl(output.posterior)
     torch.testing.assert_close(output.kl, output.kl_per_dimension.sum(-1) + assignment)
     torch.testing.assert_close(output.loss, (output.reconstruction + 0.5 * output.kl).mean())
-    # and is a bound of the likelihood that importance weights of the marginal q(z|x) tighten
+    # and it bounds the likelihood, as importance weights of the marginal q(z|x) estimate it more tightly
     model.kl_weight.fill_(1)
     many = torch.stack([model(x).loss.detach() for _ in range(50)]).mean()
     assert many > -model.log_likelihood(x, 2000).mean() - 0.01
@@ -289,7 +291,7 @@ def test_autocast_widens_the_posterior_of_a_users_own_encoder_too():
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_model_comes_back(tmp_path, name):
+def test_every_model_is_saved_and_loaded(tmp_path, name):
     options = {} if name in SEQUENCES else {"likelihood_options": {"scale": 0.5, "variance": "optimal"}}
     model, x = small_model(name, **options), data_for(name, 4)
     model(x)
@@ -303,13 +305,13 @@ def test_every_model_comes_back(tmp_path, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("embedding", ["identity", "orthogonal", "full_rank"])
-def test_a_saved_model_comes_back_the_same(tmp_path, dtype, embedding):
+def test_loading_restores_every_tensor(tmp_path, dtype, embedding):
     model = small_model(embedding=embedding, inverse_lipschitz=0.1).to(dtype)
     model.decoder.data_map.inverse_lipschitz = 0.7  # moved since it was configured
     model.kl_weight.fill_(0.25)
     model.save_pretrained(tmp_path / "deep" / "folder")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that L was moved is no surprise
+        warnings.simplefilter("error")  # loading a changed L does not warn
         loaded = VAE.from_pretrained(tmp_path / "deep" / "folder")
     assert loaded.config == model.config
     state, other = model.state_dict(), loaded.state_dict()
@@ -335,7 +337,7 @@ def test_an_explicit_constant_wins_over_the_saved_one(tmp_path, name, wanted, pa
     assert VAE.from_pretrained(tmp_path).config.inverse_lipschitz == pair
 
 
-def test_an_explicit_constant_that_nothing_takes_is_refused(tmp_path):
+def test_an_explicit_constant_that_no_part_uses_is_refused(tmp_path):
     small_model("vae").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"inverse_lipschitz: got 0\.5, wanted None for decoder='mlp'"):
         VAE.from_pretrained(tmp_path, inverse_lipschitz=0.5)
@@ -372,7 +374,7 @@ def test_a_configuration_that_json_cannot_hold_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     _files.write_atomically(path, "old")
 

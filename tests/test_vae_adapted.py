@@ -1,4 +1,4 @@
-"""Models from elsewhere: the metrics of an adapted model are those of the same model of our own."""
+"""Adapted models: their metrics are those of the same model built by this library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_all_metrics_of_adapted_parts_are_those_of_the_model(name):
 
 
 class Images(nn.Module):
-    """A convolutional encoder or decoder that takes batches (N, ..) alone, as many do."""
+    """A convolutional encoder and decoder that, like many, take batches (N, ...) only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Images(nn.Module):
 
 
 def flat_model(images: Images):
-    """The same on flat data, as a model of our own kind."""
+    """The same on flat data, as a model of this library."""
     model = small_model("vae", data_dim=40, likelihood_options={"scale": 0.5})
     model.encoder = nn.Sequential(nn.Unflatten(1, (2, 4, 5)), Called(images.encode))
     model.decoder = Called(lambda z: images.decode(z.reshape(-1, 3)).reshape(*z.shape[:-1], 40))

@@ -44,8 +44,10 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str, status: int
 
 
 def state_of(model: VAE) -> dict[str, Tensor]:
-    """What a model computes with: in the place of an embedding's raw matrix the orthonormal columns. Of what does not
-    change these there is no gradient, but rounding, of which Adam makes steps."""
+    """The tensors that a model computes with: the orthonormal columns instead of an embedding's raw matrix.
+
+    In directions that do not change the columns the gradient is rounding error, of which Adam makes full steps.
+    """
     state = model.state_dict()
     del state["decoder.raw_embedding"]
     return {**state, "decoder.embedding_matrix": model.decoder.embedding_matrix().detach()}
