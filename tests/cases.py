@@ -191,6 +191,9 @@ class Tensors:
         return {n: t.abs().sum(0) for n, t in per_row.items()}
 
 
+SMALL = Case(3, (4, 5), tuple(map(Activation, ("softplus", "celu", "softplus"))), "none", (6,), 0.5, 11)
+
+
 def activations(draw, depth: int, names_first, names_later) -> tuple[Activation, ...]:
     def one(names) -> Activation:
         name = draw(st.sampled_from(names))

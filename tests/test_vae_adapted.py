@@ -11,7 +11,7 @@ from torch import nn
 
 from ilvae_fast import metrics
 from ilvae_fast.vae import Categorical, Gaussian, GaussianMixturePosterior, StandardNormal
-from vae_cases import STATIC, TOKENS, batch, data_for, small_model, tokens
+from vae_cases import STATIC, TOKENS, batch, data_for, seeded, small_model, tokens
 
 METRICS = {
     "nll": lambda model, x: metrics.negative_log_likelihood(model, x, 5, generator=seeded()),
@@ -28,10 +28,6 @@ METRICS = {
         metrics.decoder_given(model.decoder, x[0]), torch.randn(6, 3, dtype=torch.float64, generator=seeded())
     ),
 }
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def assert_measured_alike(adapted, model, x, x_of_model):

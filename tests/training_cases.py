@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from ilvae_fast import cli
-from ilvae_fast.training import TrainConfig
+from ilvae_fast.training import TrainConfig, train
+from ilvae_fast.training.state import latest
 from ilvae_fast.vae import VAE
 
 SMALL = {
@@ -32,6 +33,13 @@ def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
     """Progress that ends a run of :func:`small` after the eighth of its twelve steps, in the second epoch."""
     if step == 8:
         raise KeyboardInterrupt
+
+
+def interrupted(config: TrainConfig) -> Path:
+    """The newest checkpoint of a run that ended after the eighth step of twelve."""
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    return latest(config.folder / "checkpoints")
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
