@@ -91,7 +91,7 @@ class Tensors:
         return self.named["x"], self.named["skip_weight"], self.named["bias"], weights
 
     def options(self, module=functional) -> dict:
-        """Keyword arguments of the functions of ``module`` that all of them have."""
+        """The keyword arguments that all functions of ``module`` share."""
         embedding = {"none": None, "identity": self.case.width}.get(self.case.embedding, self.named.get("embedding"))
         return {
             "activations": self.case.activations,
@@ -104,7 +104,7 @@ class Tensors:
         return {**self.options(module), **({"recompute": self.case.recompute} if module is functional else {})}
 
     def route(self) -> str:
-        """The case's, but bfloat16 has one alone on the CPU."""
+        """The route of the case; bfloat16 has only one on the CPU."""
         return "auto" if self.u.dtype == torch.bfloat16 and self.u.is_cpu else self.case.route
 
     def outputs(self, module=functional) -> tuple[Tensor, Tensor]:
@@ -126,10 +126,10 @@ class Tensors:
         }
 
     def rearranged(self, seed: int) -> tuple[Tensors, Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-        """The same network with its hidden units and the coordinates of x and of the map in another order, and what
+        """The same network with its hidden units and the coordinates of x and of the map permuted, and a function that
         restores the order of gradients and of a "map".
 
-        Mathematically nothing changes; in floating point it is another draw of the rounding errors.
+        Mathematically nothing changes; in floating point this is another draw of the rounding errors.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -175,7 +175,7 @@ class Tensors:
         return other, lambda g: reorder(g, True)
 
     def absolute_terms(self, with_map: bool, with_potential: bool) -> dict[str, Tensor]:
-        """For each gradient the sum over rows of the absolute values of what a row contributes (float64)."""
+        """For each gradient, the absolute contributions of the rows, summed in float64."""
         double = self.double()
         u = double.u.flatten()
         x, v = double.named["x"].reshape(u.numel(), self.case.input), double.v.reshape(u.numel(), self.case.width)
@@ -189,6 +189,9 @@ class Tensors:
             return {n: torch.zeros_like(t) for n, t in parameters.items()}
         per_row = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, x, u, v)
         return {n: t.abs().sum(0) for n, t in per_row.items()}
+
+
+SMALL = Case(3, (4, 5), tuple(map(Activation, ("softplus", "celu", "softplus"))), "none", (6,), 0.5, 11)
 
 
 def activations(draw, depth: int, names_first, names_later) -> tuple[Activation, ...]:

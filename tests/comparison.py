@@ -45,8 +45,8 @@ def assert_as_accurate_as_eager(
 def assert_equal_to_rounding(name: str, ours: Tensor, reference: Tensor, absolute_terms: Tensor | None = None) -> None:
     """Two float64 computations of one quantity, from inputs of order one: agreement to 1e-12 of its scale plus 2e-14.
 
-    That is thousands of eps: a saturated activation multiplies rounding errors of its argument by beta |a|, in both.
-    And 100 eps of the inputs: where curvature has died out, the rounding errors of what went into it have not.
+    The first is thousands of eps: in both computations a saturated activation multiplies the rounding error of its
+    argument by beta |a|. The second is 100 eps of the inputs: where curvature vanishes, rounding errors do not.
     """
     assert ours.dtype == reference.dtype == torch.float64, f"{name}: {ours.dtype}, {reference.dtype}"
     assert ours.shape == reference.shape, f"{name}: {tuple(ours.shape)} but reference {tuple(reference.shape)}"

@@ -46,7 +46,7 @@ def _native(activation, a):
 
 
 def _exact(activation, a):
-    """s, s', s'' and the size of the terms of s, in extended precision; at kinks what torch's autograd gives."""
+    """s, s', s'' and the size of the terms of s, in extended precision; at kinks with autograd's conventions."""
     a = a.numpy().astype(np.longdouble)
     p = np.longdouble(activation.parameter)
     one, zero = np.ones_like(a), np.zeros_like(a)
@@ -90,7 +90,7 @@ def test_values_and_derivatives_are_exact_to_rounding(activation, dtype):
 
 
 @pytest.mark.parametrize("activation", ALL, ids=str)
-def test_kinks_are_those_of_torch(activation):
+def test_derivatives_at_kinks_are_those_of_autograd(activation):
     a = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     value = activation(a)
     (first,) = torch.autograd.grad(value.sum(), a, create_graph=True)
@@ -100,8 +100,8 @@ def test_kinks_are_those_of_torch(activation):
 
 
 @pytest.mark.parametrize("beta", [1.0, 5.0])
-def test_the_plain_softplus_is_exact_too(beta):
-    """torch's own turns into the identity above 20, an error of 2e-9."""
+def test_the_python_softplus_is_exact(beta):
+    """PyTorch's own softplus is the identity above 20, an error of 2e-9."""
     activation = il.Activation("softplus", beta)
     exact = _exact(activation, GRID)[0].astype(np.float64)
     torch.testing.assert_close(activation(GRID), torch.from_numpy(exact), rtol=2e-13, atol=0)
@@ -111,8 +111,8 @@ def test_the_plain_softplus_is_exact_too(beta):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("activation", [a for a in ALL if a.name in ("softplus", "smooth_leaky_relu", "celu")], ids=str)
-def test_the_plain_version_keeps_three_derivatives_in_both_tails(activation, dtype):
-    """To relative accuracy: what is differentiated further, such as a log determinant, divides by them."""
+def test_three_python_derivatives_stay_accurate_in_both_tails(activation, dtype):
+    """In relative terms: a log determinant, when differentiated further, divides by them."""
     p = activation.parameter
     rate = {"softplus": p, "celu": 1 / p}.get(activation.name, 1.0)
     t = torch.linspace(-60 if dtype == torch.float64 else -30, 60 if dtype == torch.float64 else 30, 241)
@@ -154,7 +154,7 @@ def test_the_gradient_of_the_log_determinant_in_a_tail(activation):
         torch.testing.assert_close(slope, layer.jvp(x.detach(), torch.ones_like(x))[1], rtol=1e-5, atol=0)
 
 
-def test_as_many_parameters_as_there_are_do_not_pile_up():
+def test_the_cache_of_encoded_activations_is_bounded():
     for beta in range(1, 2000):
         encode([il.Activation("softplus", beta), "identity"])
     assert len(activations._encoded) <= 1024
@@ -170,7 +170,7 @@ def test_huge_arguments_and_nan(activation):
 
 
 @pytest.mark.parametrize("activation", ALL, ids=str)
-def test_the_plain_version_is_convex_and_monotone_as_claimed(activation):
+def test_activations_are_convex_and_monotone_as_declared(activation):
     a = GRID.sort().values.requires_grad_()
     (slope,) = torch.autograd.grad(activation(a).sum(), a)
     assert (slope.diff() >= -1e-15).all()
@@ -201,7 +201,7 @@ def test_refusals(name, parameter, words):
 
 
 @pytest.mark.parametrize("activation", [a for a in ALL if a != il.Activation("leaky_relu", 1.0)], ids=str)
-def test_the_smooth_ones_have_a_continuous_derivative(activation):
+def test_smooth_activations_have_a_continuous_derivative(activation):
     a = torch.tensor([-1e-9, 1e-9], dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(activation(a).sum(), a)
     assert activation.smooth == (abs(slopes[1] - slopes[0]).item() < 1e-6)

@@ -12,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import ilvae_fast as il
-from ilvae_fast import cli
 from ilvae_fast.data import load
 from ilvae_fast.training import TrainConfig, advice_for, build_model, sweep, train
 from ilvae_fast.training.config import model_config
@@ -25,14 +24,16 @@ from ilvae_fast.vae.likelihoods import (
     NegativeBinomial,
     Poisson,
 )
-from training_cases import small
+from training_cases import interrupt, run_command, small
 
 SPECTRUM = (9.0, 4.0, 2.25, 0.81, 0.49, 0.25, 0.04)  # principal variances
 
 
 def gaussian_data(spectrum=SPECTRUM, count=200, scale=1.0) -> torch.Tensor:
-    """Data with exactly these principal variances, in both of the halves that the advice looks at, in random
-    directions and around a mean that is not 0."""
+    """Data with exactly these principal variances, in random directions and around a mean that is not 0.
+
+    Each datum comes twice, so that the two halves that the advice looks at have these variances too.
+    """
     generator = torch.Generator().manual_seed(0)
     width = len(spectrum)
     z = torch.randn(count, width, dtype=torch.float64, generator=generator)
@@ -44,8 +45,8 @@ def gaussian_data(spectrum=SPECTRUM, count=200, scale=1.0) -> torch.Tensor:
 
 
 def optimal_loss(sigma: float, least: float, latent_dim: int) -> float:
-    """Smallest negative log-likelihood of W, all of whose singular values are >= least, by brute force on a grid of
-    them; along the principal directions, in order."""
+    """The smallest negative log-likelihood of a linear decoder whose singular values are all at least ``least``, by
+    brute force: a grid of singular values for each principal direction."""
     total = 0.0
     for k, variance in enumerate(SPECTRUM):
         v = (
@@ -121,7 +122,7 @@ def test_constants_are_in_units_of_the_data(scale, sigma, latent_dim):
     assert other.gain == pytest.approx(one.gain, abs=1e-6)
 
 
-def test_a_moving_variance_is_what_the_latents_leave():
+def test_an_adaptive_variance_is_the_residual_variance():
     for variance in ("optimal", "trained"):
         advice = il.advise(gaussian_data(), 3, Gaussian(7.0, variance))
         assert advice.noise == pytest.approx(math.sqrt(sum(SPECTRUM[3:]) / 4))
@@ -131,15 +132,15 @@ def test_a_moving_variance_is_what_the_latents_leave():
     assert math.isfinite(il.advise(torch.zeros(50, 3), 2, Gaussian(1.0, "optimal")).L)
 
 
-def test_chance_pays_for_no_latent():
+def test_sampling_noise_pays_for_no_latent():
     x = torch.randn(2000, 300, generator=torch.Generator().manual_seed(0))
-    assert il.advise(x, 10, Gaussian(1.0)).payable <= 3  # of whose sample variances about half exceed 1
+    assert il.advise(x, 10, Gaussian(1.0)).payable <= 3  # although about half of the sample variances exceed 1
     x = (torch.rand(2000, 300, generator=torch.Generator().manual_seed(1)) < 0.1).float()
     assert il.advise(x, 10, "bernoulli").payable <= 3
 
 
 def clustered(likelihood, count=600, width=8) -> torch.Tensor:
-    """Two clusters apart in half of the coordinates; the last two are constant."""
+    """Two clusters that differ in half of the coordinates; the last two coordinates are constant."""
     generator = torch.Generator().manual_seed(0)
     cluster = torch.rand(count, 1, generator=generator) < 0.5
     logits = torch.where(cluster, 2.0, -2.0) * (torch.arange(width) < 4)
@@ -176,7 +177,7 @@ def test_every_likelihood_gets_finite_advice_with_constant_coordinates(likelihoo
         )
 
 
-def test_pixels_that_are_hardly_ever_on_are_no_cheap_way_to_move():
+def test_rare_pixels_do_not_change_the_advice():
     x = clustered(Bernoulli())
     blank = torch.zeros(len(x), 200)
     blank[torch.arange(100), torch.arange(100)] = 1  # each once, in one datum
@@ -187,8 +188,8 @@ def test_pixels_that_are_hardly_ever_on_are_no_cheap_way_to_move():
     assert bordered.forced(1.0) >= math.log1p(smallest**2) - 1e-9
 
 
-def test_a_constant_for_text_is_that_of_one_token():
-    """Twice as many tokens of the same kind are twice as much information about the logits of each."""
+def test_the_constant_for_text_is_per_token():
+    """Twice as many tokens of the same kind carry twice the information about the logits of each."""
     generator = torch.Generator().manual_seed(0)
     topic = torch.rand(3000, 1, generator=generator) < 0.5
     weights = torch.where(topic, torch.tensor([4.0, 1, 1, 1, 1]), torch.tensor([1.0, 1, 1, 1, 4]))
@@ -198,11 +199,11 @@ def test_a_constant_for_text_is_that_of_one_token():
     assert (padded.L, padded.gain) == pytest.approx((short.L, short.gain))
     assert short.payable == long.payable == 1
     assert short.low == pytest.approx(math.sqrt(2) * long.low, rel=0.05)
-    # probabilities of two words are 5/16 +- 3/16, so that their logits move by 3/5, to first order
+    # the probabilities of two words are 5/16 +- 3/16: to first order their logits move by 3/5
     assert long.idle == pytest.approx(0.6 * math.sqrt(2), rel=0.1)
 
 
-def test_many_data_are_thinned_out():
+def test_large_data_sets_are_subsampled():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30_001, 3, generator=generator)
     advice = il.advise(x, 2, Gaussian(0.5))
@@ -214,7 +215,7 @@ def test_many_data_are_thinned_out():
     assert wide.payable > 3
 
 
-def test_the_paragraph_says_it_in_words():
+def test_the_advice_prints_as_a_paragraph():
     text = str(il.advise(gaussian_data(), 3, Gaussian(1.0)))
     assert "\n" not in text
     assert "3 principal deviations exceed sigma = 1 (3, 2, 1.5; the next is 0.9)" in text
@@ -265,21 +266,15 @@ def test_bad_arguments_are_named(x, latent_dim, likelihood, error, message):
 # runs
 
 
-def run(capsys, *arguments: str, status: int = 0) -> str:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    assert (caught.value.code or 0) == status, captured.err
-    return captured.err if status else captured.out
-
-
 def test_the_command_prints_the_advice_of_a_run(tmp_path, capsys):
-    printed = run(capsys, "advise", "--data", "digits", "--latent-dim", "5", "--picture", str(tmp_path / "a.png"))
+    printed = run_command(
+        capsys, "advise", "--data", "digits", "--latent-dim", "5", "--picture", str(tmp_path / "a.png")
+    )
     assert printed.startswith(str(il.advise(load("digits").train, 5, "bernoulli")))  # as build_model has it
     assert (tmp_path / "a.png").is_file()
     options = ["--set", "model_options.likelihood=gaussian", "--set", "model_options.likelihood_options.scale=0.5"]
-    assert "5 principal deviations exceed sigma = 0.5" in run(capsys, "advise", "--latent-dim", "20", *options)
-    assert "wanted" in run(capsys, "advise", "--latent-dim", "65", status=2)
+    assert "5 principal deviations exceed sigma = 0.5" in run_command(capsys, "advise", "--latent-dim", "20", *options)
+    assert "wanted" in run_command(capsys, "advise", "--latent-dim", "65", status=2)
 
 
 @pytest.mark.parametrize("data", ["digits", "synthetic_text"])
@@ -305,11 +300,7 @@ def test_a_run_with_the_advised_constant(tmp_path, capsys):
     assert small(tmp_path, L="auto", output=None).folder.name == "toy-il-lidvae-Lauto-seed0"
 
 
-def test_a_run_that_goes_on_has_the_same_constant(tmp_path):
-    def interrupt(step, steps, values):
-        if step == 8:
-            raise KeyboardInterrupt
-
+def test_a_resumed_run_keeps_the_advised_constant(tmp_path):
     config = small(tmp_path / "run", L="auto", checkpoint_every=5)
     with pytest.raises(KeyboardInterrupt):
         train(config, interrupt)
@@ -324,17 +315,17 @@ def test_auto_among_the_constants_of_a_sweep(tmp_path, capsys):
     capsys.readouterr()
     sized = ["--data", "toy", "--latent-dim", "2", "--epochs", "1", "--cpu", "--set", "data_options.num_train=200"]
     few = ["--set", "num_importance_samples=2", "--set", "fisher_samples=2", "--set", "eval_limit=20"]
-    printed = run(capsys, "sweep", *sized, *few, "--L", "auto", "--L", "1", "--output", str(tmp_path / "other"))
+    printed = run_command(capsys, "sweep", *sized, *few, "--L", "auto", "--L", "1", "--output", str(tmp_path / "other"))
     assert re.search(r"L=auto seed=0 +\S", printed)
     assert [row["L"] for row in json.loads((tmp_path / "other" / "sweep.json").read_text())] == ["auto", 1.0]
 
 
-def test_what_is_no_constant_is_refused(tmp_path, capsys):
+def test_invalid_constants_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="L: got 'atuo', wanted a finite number >= 0 or 'auto'"):
         small(tmp_path, L="atuo")
-    assert "L: got 'x', wanted" in run(capsys, "train", "--L", "x", status=2)
-    assert "L: got nan" in run(capsys, "train", "--L", "nan", status=2)
-    printed = run(capsys, "train", "--model", "vae", "--L", "auto", "--output", str(tmp_path / "vae"), status=2)
+    assert "L: got 'x', wanted" in run_command(capsys, "train", "--L", "x", status=2)
+    assert "L: got nan" in run_command(capsys, "train", "--L", "nan", status=2)
+    printed = run_command(capsys, "train", "--model", "vae", "--L", "auto", "--output", str(tmp_path / "vae"), status=2)
     assert "L: got auto for 'vae', whose decoder has no such constant" in printed
     with pytest.raises(ValueError, match="resolved"):
         model_config(small(tmp_path, L="auto"), load("toy"))

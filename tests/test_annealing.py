@@ -55,7 +55,7 @@ def test_bad_schedules_are_refused(value, error, message):
         as_schedule(value)
 
 
-def test_an_annealer_writes_into_the_tensors_that_are_there():
+def test_an_annealer_fills_existing_tensors_in_place():
     vae = model()
     maps = (vae.decoder.latent_map, vae.decoder.data_map)
     before = [m.inverse_lipschitz.data_ptr() for m in maps] + [vae.kl_weight.data_ptr()]
@@ -81,7 +81,7 @@ def test_a_checkpoint_continues_the_schedule():
     assert torch.equal(first.kl_weight, second.kl_weight)
     assert torch.equal(first.decoder.latent_map.inverse_lipschitz, second.decoder.latent_map.inverse_lipschitz)
     annealer.step()
-    assert int(other.steps) == 4  # a copy
+    assert int(other.steps) == 4  # the state is a copy
     other.step()
     assert other.values() == annealer.values()
 
@@ -93,7 +93,7 @@ def test_the_head_of_a_sequence_model_is_annealed():
     assert float(vae.decoder.head.inverse_lipschitz_bound()) == pytest.approx(1.5)
 
 
-def test_a_compiled_step_is_not_compiled_anew():
+def test_an_annealing_step_does_not_recompile():
     vae, x = model(), torch.rand(3, 4)
     annealer = Annealer(vae, {"L1": Linear(2.0, 1.0, 4)})
     frames = []
@@ -112,7 +112,7 @@ def test_a_compiled_step_is_not_compiled_anew():
     assert not torch.allclose(outputs[0], outputs[1])
 
 
-def test_what_a_model_does_not_have_is_refused():
+def test_schedules_without_a_target_are_refused():
     with pytest.raises(ValueError, match=r"schedules: got 'L', wanted one of L1, L2, kl_weight"):
         Annealer(model(), {"L": 1.0})
     with pytest.raises(ValueError, match="got 'L1' for a model without a BrenierDecoder"):
@@ -124,7 +124,7 @@ def test_what_a_model_does_not_have_is_refused():
         Annealer(trained, {"L2": 1.0, "L1": 1.0})
 
 
-def test_a_model_may_move_under_its_annealer():
+def test_a_model_may_change_dtype_under_its_annealer():
     vae = model()
     annealer = Annealer(vae, {"kl_weight": Linear(0.0, 1.0, 4), "L1": Linear(3.0, 1.0, 4)})
     vae.double()

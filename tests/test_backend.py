@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from cases import WAYS
+from cases import WAYS, Case
 from ilvae_fast import _backend
+from raw_operators import Operands, map_jvp, potential_and_map, training_terms
 
 
 def test_use_backend_switches_and_restores():
@@ -33,13 +34,13 @@ def _python(code, **environment):
     )
 
 
-def test_the_environment_is_read_once_and_ranks_lowest():
+def test_the_environment_variable_sets_the_backend():
     code = "import ilvae_fast as il, ilvae_fast._backend as b; print(b.current_backend())"
     assert _python(code, ILVAE_FAST_BACKEND="reference").stdout.strip() == "reference"
     assert "ILVAE_FAST_BACKEND: got 'fast'" in _python(code, ILVAE_FAST_BACKEND="fast").stderr
 
 
-def test_build_info_is_about_this_build():
+def test_build_info_describes_this_build():
     info = il.build_info()
     assert info["version"] == il.__version__
     assert info["torch"] == str(torch.__version__)
@@ -83,15 +84,19 @@ def test_a_mismatched_torch_is_named_with_the_cure():
     assert "pip install --no-build-isolation" in message
 
 
+@pytest.mark.skipif(il.build_info()["cuda"] is not None, reason="this build has CUDA kernels")
 def test_a_cuda_tensor_without_cuda_kernels_names_the_cure():
-    if torch.cuda.is_available() and not il.build_info()["cuda"]:
-        layer = il.BrenierMap(3, (4,), device="cuda")
+    tensors = Case(3, (4,), (il.Activation("softplus"),) * 2, "none", (2,), 0.5, 1).tensors(torch.float32)
+    operands = Operands.of(tensors)
+    calls = [
+        (potential_and_map, {"want_potential": True, "want_map": True}),
+        (training_terms, {"map_cotangent": tensors.v, "potential_cotangent": None, "saved": [], "wanted": 1}),
+        (map_jvp, {"tangent": operands.x}),
+    ]
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # as the dispatcher has it for a CUDA tensor
+    for operator, own in calls:
         with pytest.raises(NotImplementedError, match=r"no CUDA kernels.*use_backend"):
-            layer(torch.randn(2, 3, device="cuda"))
-    else:
-        kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        for name in ("potential_and_map", "training_terms", "map_jvp"):
-            assert kernel(f"ilvae_fast::{name}", "CUDA")
+            operator.overload.redispatch(on_cuda, **operator.arguments(operands, **own))
 
 
 # plans
@@ -118,7 +123,7 @@ def test_plan_counts_flops_and_bytes():
     assert il.plan(510, 2, (64, 64), dtype=torch.bfloat16).route == "matmul"
 
 
-def test_plan_sees_the_injection():
+def test_plan_counts_the_embedding():
     wide, narrow = il.plan(128, 784, (512, 512)), il.plan(128, 784, (512, 512), embedding_features=10)
     skip = 2 * 128 * 784 * 1025
     assert wide.training_flops - narrow.training_flops == pytest.approx(2 * skip * (1 - 10 / 784))

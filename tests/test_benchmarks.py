@@ -53,7 +53,7 @@ def test_a_ratio_compares_turns_of_the_same_round():
     assert timing.Times([1.0, 2.0, 3.0]).spread == 0.5
 
 
-def test_what_was_measured_on_a_busy_machine_is_measured_again():
+def test_noisy_measurements_are_repeated():
     calls = []
 
     def measurement(k, *times):
@@ -66,7 +66,7 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again():
         return measure
 
     first = [{"product_milliseconds": t} for t in (1.0, 2.0, 1.05, 1.5)]
-    # the slowest first; 2.5 is not kept, a second 1.6 leaves it the slowest still
+    # the slowest first: 2.5 is slower and not kept, 1.6 is kept but still the slowest
     measurements = [measurement(0), measurement(1, 2.5, 1.6, 1.04), measurement(2), measurement(3, 1.1)]
     results = list(first)
     again_when_calm(results, measurements, time.perf_counter() + 60.0)
@@ -114,7 +114,7 @@ def test_pictures_come_from_the_result(tmp_path):
         assert path.stat().st_size > 5000
 
 
-def test_ours_keeps_at_most_half_of_what_eager_keeps():
+def test_ours_saves_at_most_half_of_what_eager_saves():
     problem = Problem(12, (40, 40), 64)
     eager = memory._kept(problem, peers.eager(problem))
     for options, most in (
@@ -138,12 +138,12 @@ def test_a_result_names_its_commit_where_there_is_no_git(monkeypatch, said):
 # studies
 
 
-def test_the_page_of_defaults_is_that_of_its_results():
+def test_the_page_of_defaults_matches_its_results():
     result = json.loads((RESULTS / "defaults.json").read_text())
     assert (RESULTS / "defaults.md").read_text() == defaults.tables(result)
 
 
-def test_recorded_studies_name_no_folder_of_a_machine():
+def test_recorded_commands_contain_no_local_path():
     for name in ("defaults", "advice"):
         command = json.loads((RESULTS / f"{name}.json").read_text())["command"]
         assert re.fullmatch(r"python -m benchmarks\.\w+ --data-root DATA( --\w.*)?", command), command

@@ -1,4 +1,4 @@
-"""The command line, from its words to the files it leaves."""
+"""The command line, from its arguments to the files it writes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from ilvae_fast import cli
 from ilvae_fast.training import TrainConfig
 from ilvae_fast.vae import CONFIGURATIONS
+from training_cases import run_command
 
 SMALL = [
     "--data", "toy", "--latent-dim", "2", "--epochs", "1", "--batch-size", "50", "--cpu",
@@ -21,57 +22,51 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(capsys, *arguments: str, status: int = 0) -> str:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    captured = capsys.readouterr()
-    assert (caught.value.code or 0) == status, captured.err
-    return captured.err if status else captured.out
-
-
 def test_train_eval_sample_report(tmp_path, capsys):
     folder = tmp_path / "runs" / "one"
-    printed = run(capsys, "train", *SMALL, "--model", "il-lidvae", "--L", "0.5", "--output", str(folder))
+    printed = run_command(capsys, "train", *SMALL, "--model", "il-lidvae", "--L", "0.5", "--output", str(folder))
     assert "one" in printed
     assert "certified" in printed
-    printed = run(capsys, "eval", str(folder), "--importance-samples", "3", "--fisher-samples", "3", "--limit", "0")
+    printed = run_command(
+        capsys, "eval", str(folder), "--importance-samples", "3", "--fisher-samples", "3", "--limit", "0"
+    )
     assert "NLL" in printed
     assert json.loads((folder / "eval.json").read_text())["certified"] == pytest.approx(0.5)
-    run(capsys, "sample", str(folder), "--count", "3", "--noise")
+    run_command(capsys, "sample", str(folder), "--count", "3", "--noise")
     assert (folder / "samples.npz").is_file()
-    assert "one" in run(capsys, "report", str(tmp_path / "runs"))
+    assert "one" in run_command(capsys, "report", str(tmp_path / "runs"))
     config = str(folder / "config.yaml")
-    again = run(capsys, "train", "--config", config, "--set", "epochs=1")
+    again = run_command(capsys, "train", "--config", config, "--set", "epochs=1")
     assert "0.5" in again  # done already
 
 
 def test_sweep(tmp_path, capsys):
     grid = ["--L", "0.5", "--L", "1", "--seed", "3", "--output", str(tmp_path)]
-    printed = run(capsys, "sweep", *SMALL, "--model", "lidvae", *grid)
+    printed = run_command(capsys, "sweep", *SMALL, "--model", "lidvae", *grid)
     assert "L=1.0 seed=3" in printed
     assert len(json.loads((tmp_path / "sweep.json").read_text())) == 2
 
 
 def test_a_sweep_takes_the_grid_of_its_configuration(tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "other"
-    run(capsys, "sweep", *SMALL, "--set", "L=0.5", "--set", "seed=4", "--output", str(one))
+    run_command(capsys, "sweep", *SMALL, "--set", "L=0.5", "--set", "seed=4", "--output", str(one))
     rows = json.loads((one / "sweep.json").read_text())
     assert [(row["L"], row["seed"]) for row in rows] == [(0.5, 4)]
-    config = str(one / "L0.5-seed4" / "config.yaml")  # which has an output too
-    run(capsys, "sweep", "--config", config, "--seed", "5", "--output", str(other))
+    config = str(one / "L0.5-seed4" / "config.yaml")  # its own output is ignored
+    run_command(capsys, "sweep", "--config", config, "--seed", "5", "--output", str(other))
     assert [(row["L"], row["seed"]) for row in json.loads((other / "sweep.json").read_text())] == [(0.5, 5)]
-    printed = run(capsys, "sweep", *SMALL, "--set", "output=x", "--output", str(tmp_path / "third"), status=2)
+    printed = run_command(capsys, "sweep", *SMALL, "--set", "output=x", "--output", str(tmp_path / "third"), status=2)
     assert "set: got 'output=x', but each run has a folder of its own in --output" in printed
     assert not (tmp_path / "third").exists()
 
 
 def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     folder = tmp_path / "one"
-    run(capsys, "train", *SMALL, "--output", str(folder))
+    run_command(capsys, "train", *SMALL, "--output", str(folder))
     config = json.loads((folder / "model" / "config.json").read_text())
     config["likelihood_options"] = {"scale": 1e-25}
     (folder / "model" / "config.json").write_text(json.dumps(config))
-    printed = run(capsys, "eval", str(folder), "--importance-samples", "2", "--fisher-samples", "2")
+    printed = run_command(capsys, "eval", str(folder), "--importance-samples", "2", "--fisher-samples", "2")
     heading, _, row = map(str.split, printed.splitlines()[-3:])
     assert heading[:4] == ["run", "NLL", "gain", "KL"]
     assert row[:5] == ["one", "not", "finite", "not", "finite"]
@@ -81,29 +76,29 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     assert (heading, absent) == (["run", "NLL"], ["a"])
 
 
-def test_warnings_stand_under_the_table(tmp_path, capsys):
-    # an L far beyond what the data spread: worse than their mean
+def test_warnings_are_printed_under_the_table(tmp_path, capsys):
+    # an L far beyond the spread of the data fits worse than their mean
     steep = ["--model", "il-lidvae", "--L", "900", "--output", str(tmp_path / "steep")]
-    printed = run(capsys, "train", *SMALL, *steep)
+    printed = run_command(capsys, "train", *SMALL, *steep)
     measures = json.loads((tmp_path / "steep" / "metrics.json").read_text())
     assert measures["gain"] < 0
     (*_, warning) = measures["warnings"]
-    for shown in (printed, run(capsys, "report", str(tmp_path))):
+    for shown in (printed, run_command(capsys, "report", str(tmp_path))):
         words = " ".join(shown.split())
         assert f"steep: {warning}" in words
         assert words.index("KL-MI") < words.index(warning)
     assert "Try a smaller L than 900 (`ilvae-fast advise`" in warning
     few = ["--importance-samples", "2", "--fisher-samples", "2"]
-    assert f"steep: {warning[:50]}" in " ".join(run(capsys, "eval", str(tmp_path / "steep"), *few).split())
+    assert f"steep: {warning[:50]}" in " ".join(run_command(capsys, "eval", str(tmp_path / "steep"), *few).split())
 
 
-def test_runs_of_an_earlier_version_are_shown_with_what_they_have(tmp_path, capsys):
+def test_runs_of_an_earlier_version_are_reported(tmp_path, capsys):
     """Their metrics.json has no gain, no directions and no warnings."""
     earlier = {"nll": 1.5, "elbo_kl": 2.25, "active_units": 2, "mutual_information": 0.125, "certified": None}
     for name, measures in (("a", earlier), ("b", {**earlier, "gain": -0.5, "warnings": ["Beware [of] this."]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(measures))
-    heading, _, first, second, warning = map(str.split, run(capsys, "report", str(tmp_path)).splitlines())
+    heading, _, first, second, warning = map(str.split, run_command(capsys, "report", str(tmp_path)).splitlines())
     assert heading == ["run", "NLL", "gain", "KL", "MI", "active"]
     assert first == ["a", "1.5", "2.25", "0.125", "2"]
     assert second == ["b", "1.5", "-0.5", "2.25", "0.125", "2"]
@@ -113,19 +108,19 @@ def test_runs_of_an_earlier_version_are_shown_with_what_they_have(tmp_path, caps
 def test_images_and_text_are_shown(tmp_path, capsys):
     quick = ["--epochs", "1", "--cpu", "--set", "num_importance_samples=2", "--set", "fisher_samples=2"]
     few = [*quick, "--set", "eval_limit=20", "--output"]
-    run(capsys, "train", "--data", "digits", "--model", "vae", *few, str(tmp_path / "image"))
-    run(capsys, "sample", str(tmp_path / "image"), "--count", "9")
+    run_command(capsys, "train", "--data", "digits", "--model", "vae", *few, str(tmp_path / "image"))
+    run_command(capsys, "sample", str(tmp_path / "image"), "--count", "9")
     assert (tmp_path / "image" / "samples.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "poem.txt").write_text("abc\ncab\n" * 60)
     text = ["--data", f"text:{tmp_path / 'poem.txt'}", "--batch-size", "54", "--model", "svae", "--latent-dim", "1"]
-    run(capsys, "train", *text, *few, str(tmp_path / "text"), "--set", "data_options.length=4")
-    lines = run(capsys, "sample", str(tmp_path / "text"), "--count", "3", "--noise").splitlines()
+    run_command(capsys, "train", *text, *few, str(tmp_path / "text"), "--set", "data_options.length=4")
+    lines = run_command(capsys, "sample", str(tmp_path / "text"), "--count", "3", "--noise").splitlines()
     assert len(lines) == 3
 
 
 def test_info_and_bench(capsys):
-    assert "il-lidmvae" in run(capsys, "info")
-    assert "native" in run(capsys, "bench", "--batch-size", "8", "--steps", "2")
+    assert "il-lidmvae" in run_command(capsys, "info")
+    assert "native" in run_command(capsys, "bench", "--batch-size", "8", "--steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -140,9 +135,9 @@ def test_info_and_bench(capsys):
         (["sample", "nowhere"], "run: no finished run"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    printed = run(capsys, *arguments, status=2)
+    printed = run_command(capsys, *arguments, status=2)
     assert message in printed
     assert "Traceback" not in printed
     assert not list(tmp_path.rglob("*.json"))
@@ -150,11 +145,11 @@ def test_what_the_user_can_mend_is_one_line(capsys, tmp_path, monkeypatch, argum
 
 @pytest.mark.parametrize("command", ["train", "advise", "eval", "sample", "sweep", "report", "bench", "info"])
 def test_help_of_each_command_says_what_it_does(capsys, command):
-    assert "Usage" in run(capsys, command, "--help")
+    assert "Usage" in run_command(capsys, command, "--help")
 
 
 def test_help_names_every_field_and_model(capsys):
-    printed = run(capsys, "train", "--help")
+    printed = run_command(capsys, "train", "--help")
     for name in (*TrainConfig().to_dict(), *CONFIGURATIONS):
         assert name in printed
 

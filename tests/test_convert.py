@@ -1,3 +1,5 @@
+"""Decoders of LIDVAE, converted: the same function, the same gradients."""
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def test_outputs_and_gradients_are_equal_to_rounding(theirs):
             torch.testing.assert_close(raw.grad, weight.param.grad)
 
 
-def test_a_whole_model_and_its_dtype(theirs):
+def test_the_state_of_a_whole_model_keeps_its_dtype(theirs):
     state = {f"model.{k}": v.float() for k, v in theirs.state_dict().items()} | {"encoder.weight": torch.ones(1)}
     decoder = il.convert.from_lidvae(state, 0.0)
     assert decoder.data_map.skip_weight.dtype == torch.float32
@@ -47,5 +49,5 @@ def test_refusals(theirs):
     with pytest.raises(ValueError, match=r"no key 'decoder\.1\.A\.1\.bias'"):
         il.convert.from_lidvae({k: v for k, v in state.items() if k != "decoder.1.A.1.bias"}, 0.5)
     state["decoder.1.W.1.param"] = torch.zeros(5, 6)
-    with pytest.raises(ValueError, match=r"W\.1 of a map has shape \(5, 6\), wanted \(4, 5\)|has shape"):
+    with pytest.raises(ValueError, match=r"W\.1 of a map has shape \(5, 6\), wanted \(4, 5\)"):
         il.convert.from_lidvae(state, 0.5)

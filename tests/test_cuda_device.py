@@ -17,8 +17,8 @@ from raw_operators import MATMUL, Operands, potential_and_map, training_terms
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SOFT = il.Activation("softplus")
-# up to 4 layers of 256 take the fused kernels, from 128x3 on with streamed weights; the others cuBLAS and the pointwise
-# kernels
+# Networks of up to 4 layers of 256 take the fused kernels, from 128x3 on with streamed weights; the others take cuBLAS
+# and the pointwise kernels.
 NETWORKS = {
     "2, 32x2": Case(2, (32, 32), (SOFT,) * 3, "none", (130,), 0.7, 1),
     "5, 40x4": Case(5, (40, 24, 40, 33), (SOFT,) * 5, "identity", (3, 50), 0.7, 2),
@@ -91,8 +91,8 @@ def test_captured_in_a_graph_with_a_schedule_of_constants(name):
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("width", [16, 256, 320])
 def test_launches(dtype, layers, width):
-    """At most 4K + 4 for the map and 6K + 8 for the training terms; one, and one and a sum, on the fused route, with
-    streamed weights K products more."""
+    """The matmul route launches at most 4K + 4 kernels for the map and 6K + 8 for the training terms; the fused route
+    one for the map and two for the training terms, and K products more where weights are streamed."""
     case = Case(8, (width,) * layers, (SOFT,) * (layers + 1), "none", (64,), 0.7, 8)
     tensors = case.tensors(dtype).to("cuda")
     operands = Operands.of(tensors)
@@ -104,13 +104,13 @@ def test_launches(dtype, layers, width):
             call()
             torch.cuda.synchronize()
         names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        # what cuBLAS launches beside its products is its own
+        # without the auxiliary launches of cuBLAS
         return sum(not any(part in n for part in ("splitK", "Memset", "Memcpy")) for n in names)
 
     fused, streamed = width <= 256 and layers <= 4, width > 128
     outputs = {"want_potential": True, "want_map": True}
     count = launches(lambda: potential_and_map(operands, **outputs))
-    assert 1 <= count <= (1 if fused else 4 * layers + 4)  # none: the profiler has seen nothing
+    assert 1 <= count <= (1 if fused else 4 * layers + 4)  # 0 would mean a blind profiler
     gradients = {
         "map_cotangent": tensors.v,
         "potential_cotangent": tensors.u,
@@ -123,7 +123,7 @@ def test_launches(dtype, layers, width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_batch_in_chunks(dtype):
-    """More rows than the operands of the last products may take at a time: the same gradients, summed over halves."""
+    """More rows than the last products take at a time: the gradients are the sums of those of two halves."""
     case = Case(64, (256, 256, 256), (SOFT,) * 4, "none", (70_000,), 0.7, 11)
     tensors = case.tensors(dtype).to("cuda")
     whole = tensors.gradients(functional, True, True)
@@ -204,7 +204,7 @@ def test_tf32_by_either_name(name):
         expected = tensors.gradients(functional, True, True)
     finally:
         matmul.allow_tf32 = False
-    matmul.fp32_precision = "tf32"  # the newer name; the older one then raises
+    matmul.fp32_precision = "tf32"  # the newer name, after which the older one raises
     try:
         for key, value in tensors.gradients(functional, True, True).items():
             assert torch.equal(value, expected[key]), key

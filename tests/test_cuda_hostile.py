@@ -3,24 +3,21 @@ barriers taken away."""
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import test_cuda_fused
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cuda_fused import CODES, DTYPES, SOFT, Problem, Stacks, arguments, check, execute, program
 
 from cases import FIRST, LATER, SMOOTH
+from cuda_cases import CODES, DTYPES, SOFT, Problem, Stacks, Sums, check, execute, launch, program
 from executor import ROOT, ExecutorError, Program
 from ilvae_fast import Activation
 
-KERNELS = ROOT / "csrc" / "cuda"
-
-
-# ---- random networks, on programs that other tests have compiled already
+# ---- random networks, of shapes that other tests compile too
 
 
 @st.composite
@@ -30,7 +27,7 @@ def networks(draw):
     hidden = tuple(draw(st.lists(st.integers(1, 32), min_size=depth, max_size=depth)))
     width = draw(st.integers(1, 16))
     parameters = {"softplus": (0.5, 1.0, 5.0), "celu": (0.5, 1.0, 2.0)}
-    # at a kink 16 bits decide by luck on which side a pre-activation falls, ours and eager's each by its own
+    # in 16 bits, rounding decides on which side of a kink a pre-activation falls, and differently from eager's
     first, later = (FIRST, LATER) if kind == "tf32x3" else (SMOOTH, SMOOTH)
     activations = [draw(st.sampled_from(first)), *(draw(st.sampled_from(later)) for _ in range(depth))]
     problem = Problem.random(
@@ -56,7 +53,7 @@ def test_random_networks(streamed, network):
     check(kind, problem, execute(kind, problem, blocks=blocks, seed=seed, streamed=streamed))
 
 
-# ---- what is not wanted is not written
+# ---- unwanted outputs
 
 
 @pytest.mark.parametrize("kind", ["tf32x3", "bfloat16"])
@@ -64,28 +61,24 @@ def test_random_networks(streamed, network):
 def test_absent_outputs(kind, mode):
     hidden = (32, 20, 32) if kind == "tf32x3" else (40, 64)
     problem = Problem.random(DTYPES[kind], 150, 7, hidden, SOFT[: len(hidden) + 1], inputs=5)
-    full, operands = execute(kind, problem), arguments(problem)
+    full = execute(kind, problem)
     there, back = program(kind, problem, False, mode), program(kind, problem, True, mode)
     for wanted in ("potential", "map"):
         out = torch.full_like(full[wanted], float("nan"))
-        outputs = (out, None) if wanted == "potential" else (None, out)
-        there.fused(*operands, None, None, *outputs, *[None] * 7, 2, 3)
+        launch(there, problem, **{wanted: out}, seed=3)
         assert torch.equal(out, full[wanted]), f"{wanted} alone"
-    names = [n for n in problem.named if n not in ("x", "inverse_lipschitz")]
-    gradients = torch.full((sum(problem.named[n].numel() for n in names),), float("nan"), dtype=problem.dtype)
-    constant, partial = torch.full((1,), float("nan")), torch.full((2, gradients.numel() + 1), float("nan"))
-    back.fused(*operands, problem.v, problem.u, None, None, None, gradients, constant, partial, *[None] * 3, 2, 3)
-    expected = torch.cat([full[f"grad of {n}"].reshape(-1) for n in names])
-    assert torch.equal(gradients, expected)
-    assert torch.equal(constant, full["grad of inverse_lipschitz"])
+    sums = Sums.of(problem)
+    launch(back, problem, sums=sums, seed=3)
+    for name, value in sums.by_name().items():
+        assert torch.equal(value, full[f"grad of {name}"]), name
 
 
-# ---- a bad row stays alone
+# ---- non-finite and large values
 
 
 @pytest.mark.parametrize("kind", sorted(DTYPES))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_row_spoils_no_other(kind, value):
+def test_a_nonfinite_row_affects_no_other(kind, value):
     problem = Problem.random(DTYPES[kind], 75, 6, (32, 30), SOFT[:3])
     sound = execute(kind, problem)
     problem.named["x"][40, 2] = value
@@ -97,7 +90,7 @@ def test_a_bad_row_spoils_no_other(kind, value):
 
 
 def test_large_pre_activations_stay_finite():
-    """Where softplus saturates nothing overflows on the way: no inf * 0, no exp of the wrong branch."""
+    """Where softplus saturates, no intermediate value overflows."""
     for kind in ("tf32x3", "bfloat16"):
         problem = Problem.random(DTYPES[kind], 40, 6, (32, 30), SOFT[:3])
         problem.named["x"] = problem.named["x"] * 3e4
@@ -105,62 +98,53 @@ def test_large_pre_activations_stay_finite():
             assert value.isfinite().all(), f"{name} in {kind}"
 
 
-# ---- the executor notices the absence of every barrier
+# ---- barriers taken away
 
 
-def barriers():
-    """Files, offsets and lines of the block barriers of the fused kernels."""
+def source_of(name: str) -> Path:
+    (path,) = (ROOT / "csrc" / "cuda").rglob(name)
+    return path
+
+
+def barriers() -> list[Any]:
+    """Files and lines of the block barriers of the fused kernels."""
     found = []
     for name in ("fused.cuh", "tile.cuh", "streamed.cuh"):
-        source = (KERNELS / name).read_text() if (KERNELS / name).exists() else ""
-        for m in re.finditer(r"__syncthreads\(\)", source):
-            line = source.count("\n", 0, m.start()) + 1
-            found.append(pytest.param(name, m.start(), id=f"{name} line {line}"))
+        lines = source_of(name).read_text().splitlines()
+        numbers = [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+        assert numbers, f"{name} has no barriers"
+        found += [pytest.param(name, number, id=f"{name} line {number}") for number in numbers]
     return found
 
 
-def with_file(folder, name, source):
-    """As program() of the other tests, with another source for one of the kernels' files."""
-    (folder / "cuda").mkdir()
-    (folder / "cuda" / name).write_text(source)
-
-    def changed(kind, problem, training, mode, streamed):
-        sound = program(kind, problem, training, mode, streamed)
-        return Program("fused", mode, dict(d[2:].split("=") for d in sound.defines), include=folder)
-
-    return changed
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "offset"), barriers())
-def test_every_barrier_is_needed_and_missed(name, offset, tmp_path, monkeypatch):
-    source = (KERNELS / name).read_text()
-    mutated = with_file(tmp_path, name, source[:offset] + "void()" + source[offset + len("__syncthreads()") :])
-    monkeypatch.setattr(test_cuda_fused, "program", mutated)
-    streamed = name == "streamed.cuh"
+@pytest.mark.parametrize(("name", "line"), barriers())
+def test_the_absence_of_any_barrier_is_detected(name, line):
+    streamed, fault = name == "streamed.cuh", {"without_barrier": (name, line)}
     problem = Problem.random(torch.bfloat16, 150 if streamed else 100, 7, (32, 30), SOFT[:3], inputs=5)
     with pytest.raises(ExecutorError, match=r"data race|uninitialised"):  # noqa: PT012 any launch may show it
-        execute("bfloat16", problem, seed=2, mode="races", streamed=streamed)
-        potential = torch.zeros(len(problem.named["x"]), dtype=torch.bfloat16)
-        there, back = (mutated("bfloat16", problem, training, "races", streamed) for training in (False, True))
-        there.fused(*arguments(problem), None, None, potential, *[None] * 8, 1, 2)
-        if streamed:  # without grad_x, and so without A_k on the way down
-            stacks, count = Stacks.of(problem), 7 + 63 + 30
-            sums = torch.zeros(count, dtype=torch.bfloat16), torch.zeros(1), torch.zeros(1, count + 1)
-            rest = (*sums, stacks.x, stacks.h, stacks.d, 1, 2)
-            back.fused(*arguments(problem), problem.v, problem.u, None, None, None, *rest)
+        execute("bfloat16", problem, seed=2, mode="races", streamed=streamed, **fault)
+        there, back = (program("bfloat16", problem, training, "races", streamed, **fault) for training in (False, True))
+        launch(there, problem, potential=torch.zeros(len(problem.named["x"]), dtype=torch.bfloat16), blocks=1, seed=2)
+        if streamed:  # without grad_x, A_k is not streamed on the way down
+            sums, stacks = Sums.of(problem, streamed, blocks=1), Stacks.of(problem)
+            launch(back, problem, sums=sums, stacks=stacks, blocks=1, seed=2)
 
 
-# ---- and other faults, planted
+# ---- other planted faults
 
 
-def planted(folder, name, *changes):
-    """As program() of the other tests, with changes to one of the kernels' files, each of text that is there once."""
-    source = (KERNELS / name).read_text()
+def planted(folder: Path, name: str, *changes: tuple[str, str]) -> Path:
+    """A folder to include, with a changed copy of one of the kernels' files; each changed text occurs once in it."""
+    path = source_of(name)
+    source = path.read_text()
     for old, new in changes:
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    return with_file(folder, name, source)
+    copy = folder / path.relative_to(ROOT / "csrc")
+    copy.parent.mkdir(parents=True)
+    copy.write_text(source)
+    return folder
 
 
 WAIT, BARRIER, ISSUE = "    ptx::cp_async_wait<0>();\n", "    __syncthreads();\n", "    issue();\n    return slab;"
@@ -175,29 +159,29 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", FAULTS.values(), ids=FAULTS)
-def test_a_fault_in_streaming_is_found(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_cuda_fused, "program", planted(tmp_path, "streamed.cuh", *changes))
+def test_a_fault_in_streaming_is_detected(changes, tmp_path):
+    include = planted(tmp_path, "streamed.cuh", *changes)
     problem = Problem.random(torch.float32, 40, 8, (40, 24), SOFT[:3])
     with pytest.raises(ExecutorError, match=r"data race|uninitialised"):
-        execute("tf32x3", problem, seed=2, mode="races", streamed=True)
+        execute("tf32x3", problem, seed=2, mode="races", streamed=True, include=include)
 
 
 @pytest.mark.slow
-def test_a_missing_flush_is_found(tmp_path, monkeypatch):
+def test_a_missing_flush_is_detected(tmp_path):
     changes = [("mma<kind>(sum, a.low[step], high[step]);", "mma<kind>(c, a.low[step], high[step]);")]
     changes += [("mma<kind>(sum, a.high[step], low[step]);", "mma<kind>(c, a.high[step], low[step]);")]
     changes += [("mma<kind>(sum, a.high[step], high[step]);", "mma<kind>(c, a.high[step], high[step]);")]
-    monkeypatch.setattr(test_cuda_fused, "program", planted(tmp_path, "fragments.cuh", *changes))
+    include = planted(tmp_path, "fragments.cuh", *changes)
     problem = Problem.random(torch.float32, 32, 64, (256, 256), SOFT[:3], seed=5)
     with pytest.raises(AssertionError, match="error"):
-        check("tf32x3", problem, execute("tf32x3", problem, streamed=True))
+        check("tf32x3", problem, execute("tf32x3", problem, streamed=True, include=include))
 
 
 # ---- arrays of any type, stride and alignment
 
 
 def strided(values: torch.Tensor, gap: int, offset: int) -> torch.Tensor:
-    """The same rows within a larger array full of NaN, so far apart and starting at an odd place."""
+    """The same rows within a larger array full of NaN, ``gap`` elements apart and starting at ``offset``."""
     rows = values.reshape(len(values), -1)
     room = torch.full((len(rows) * (rows.shape[1] + gap) + offset + 8,), float("nan"), dtype=values.dtype)
     view = room[offset:].as_strided(rows.shape, (rows.shape[1] + gap, 1))
@@ -206,7 +190,7 @@ def strided(values: torch.Tensor, gap: int, offset: int) -> torch.Tensor:
 
 
 class Pointer:
-    """A view as the executor wants it: with its address, whatever its strides."""
+    """A strided view by its address alone: the executor refuses tensors that are not contiguous."""
 
     def __init__(self, t):
         self.t, self.device = t, t.device
@@ -224,7 +208,7 @@ def test_any_types_strides_and_alignments(gap, offset):
     problem = Problem.random(torch.bfloat16, 50, 12, (31, 32), (*SOFT[:2], Activation("identity")), inputs=8, seed=gap)
     exact = problem.to(torch.float64).plain()
     named = problem.named
-    # every value is a bfloat16, so that the wider types hold it exactly
+    # every value is a bfloat16, which the wider types hold exactly
     arrays = [
         named["x"].float(),
         named["skip_weight"],

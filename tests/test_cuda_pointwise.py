@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuda_cases import CODES, encoded
 from executor import Program
 from ilvae_fast import Activation
-from ilvae_fast.activations import encode
 
 TYPES = {
     "float64": (torch.float64, torch.float64, "double", "double", 2),
@@ -17,7 +17,6 @@ TYPES = {
     "bfloat16": (torch.float32, torch.bfloat16, "float", "bfloat16", 8),
     "float16": (torch.float32, torch.float16, "float", "float16", 8),
 }
-CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATIONS = ["softplus", "leaky_relu", "relu", "celu", "smooth_leaky_relu", "identity", "squared_leaky_relu"]
 
 
@@ -54,16 +53,11 @@ def derivatives(name: str, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_rounded(name: str, ours: Tensor, exact: Tensor, terms: Tensor | float = 0.0) -> None:
-    """Equal but for the rounding of the result and a few of the arithmetic, relative to ``terms``."""
+    """Equal up to the rounding of the result, and a few roundings of the arithmetic relative to ``terms``."""
     real = torch.float64 if ours.dtype == torch.float64 else torch.float32
     allowed = torch.finfo(ours.dtype).eps * exact.abs() + 64 * torch.finfo(real).eps * (exact.abs() + terms + 1)
     wrong = ~((ours.double() - exact).abs() <= allowed)
     assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, {ours[wrong][:3]} {exact[wrong][:3]}"
-
-
-def encoded(*names: str) -> tuple[np.ndarray, np.ndarray]:
-    layers = encode([Activation(n) for n in names])
-    return np.array(layers[0], dtype=np.int64), np.array(layers[1], dtype=np.float64)
 
 
 CASES = [(kind, vector) for kind in TYPES for vector in (True, False)]
@@ -76,7 +70,7 @@ def test_up_and_down(kind, vector, tangent):
     kernels = program(kind, vector)
     for seed, name in enumerate(ACTIVATIONS):
         arrays = Arrays(kind, rows, seed)
-        codes, parameters = encoded(name, "identity")
+        codes, parameters = encoded([name, "identity"])
         sizes = np.array([rows, width, stride, stride])
         bias, a, g = arrays.vector(width), arrays.matrix(stride), arrays.matrix(stride)
         a_tangent, g_tangent = (arrays.matrix(stride), arrays.matrix(stride)) if tangent else (None, None)
@@ -107,7 +101,7 @@ def test_turn(kind, vector, tangent, with_u, complete):
     rows, width = 21, 40 if vector else 37
     stride = width + 8
     arrays = Arrays(kind, rows)
-    codes, parameters = encoded("softplus", "smooth_leaky_relu")
+    codes, parameters = encoded(["softplus", "smooth_leaky_relu"])
     sizes = np.array([rows, width, stride, stride])
     bias, weight, output_bias = arrays.vector(width), arrays.vector(width).abs() / width, arrays.vector(1)
     a, a_tangent = arrays.matrix(stride), arrays.matrix(stride) if tangent else None

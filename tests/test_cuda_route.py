@@ -8,15 +8,15 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_fused import SOFT, Problem, check
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from cuda_cases import SOFT, Problem, check
 from executor import BUILD, COMPILER, FLAGS, HERE, KERNEL_FLAGS, ROOT, RUNTIME, Program, _built
 from ilvae_fast.activations import encode
 
@@ -52,6 +52,7 @@ def route():
 
 @pytest.fixture(autouse=True)
 def _one_chunk(route) -> Iterator[None]:
+    """Tests that cut a batch into chunks leave it whole for the next."""
     yield
     route.stack_at_most(MOST)
 
@@ -61,7 +62,7 @@ def as_it_is(t: Tensor) -> Tensor:
 
 
 def sliced(t: Tensor) -> Tensor:
-    """The same in an odd place of a larger tensor full of NaN; vectors with gaps."""
+    """The same values at an offset within a larger tensor full of NaN; vectors with gaps."""
     room = torch.full((t.shape[0] + 1, *(3 * s + 4 for s in t.shape[1:])), float("nan"), dtype=t.dtype)
     view = room[1:, 3 : 3 + t.shape[1]] if t.dim() > 1 else room.new_full((3 * len(t) + 1,), float("nan"))[1::3]
     return view.copy_(t)
@@ -71,8 +72,10 @@ def transposed(t: Tensor) -> Tensor:
     return t.t().contiguous().t() if t.dim() > 1 else t
 
 
-def everything(problem: Problem) -> int:
-    return 0b1111 | ((1 << len(problem.weights())) - 1) << 5
+def gradients_of(problem: Problem) -> list[str]:
+    """The operands that have gradients, in the order of the results; there is no embedding."""
+    layers = [name for name in problem.named if name.startswith("weights")]
+    return ["x", "skip_weight", "bias", "inverse_lipschitz", "embedding", *layers]
 
 
 def run(
@@ -81,22 +84,29 @@ def run(
     *,
     layout: Callable[[Tensor], Tensor] = as_it_is,
     operands: torch.dtype | None = None,
-    outputs: tuple[bool, bool] = (True, True),
-    wanted: int | None = None,
+    outputs: Collection[str] = ("potential", "map"),
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """What is wanted of potential, map and gradients, named as by :meth:`Problem.plain`."""
-    named, weights = problem.named, problem.weights()
-    x, skip_weight, bias, *weights = map(layout, (named["x"], named["skip_weight"], named["bias"], *weights))
+    """What is wanted of potential and map (``outputs``) and of the gradients (``wanted``, by default all), named as by
+    :meth:`Problem.plain`."""
+    named = problem.named
     codes, parameters, _ = encode(problem.activations)
-    arguments = (x, skip_weight, bias, weights, named["inverse_lipschitz"], codes, parameters, operands)
+    call = {name: layout(named[name]) for name in ("x", "skip_weight", "bias")}
+    call |= {
+        "weights": [layout(w) for w in problem.weights()],
+        "inverse_lipschitz": named["inverse_lipschitz"],
+        "activations": codes,
+        "parameters": parameters,
+        "type": operands,
+    }
+    values = route.map(**call, want_potential="potential" in outputs, want_map="map" in outputs)
+    result = {name: value for name, value in zip(("potential", "map"), values, strict=True) if name in outputs}
+    names = gradients_of(problem)
+    wanted = [name for name in names if name in (named if wanted is None else wanted)]
     v, u = (None if t is None else layout(t) for t in (problem.v, problem.u))
-    wanted = everything(problem) if wanted is None else wanted
-    gradients = route.terms(*arguments, v, u, wanted)
-    names = ["x", "skip_weight", "bias", "inverse_lipschitz", "", *(n for n in named if n.startswith("weights"))]
-    values = zip(("potential", "map"), route.map(*arguments, *outputs), outputs, strict=True)
-    result = {n: t for n, t, is_wanted in values if is_wanted}
-    for i, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-        if (wanted >> i) & 1:
+    gradients = route.terms(**call, v=v, u=u, wanted=sum(1 << names.index(name) for name in wanted))
+    for name, gradient in zip(names, gradients, strict=True):
+        if name in wanted:
             assert (gradient.dtype, gradient.shape) == (named[name].dtype, named[name].shape), name
             result[f"grad of {name}"] = gradient
         else:
@@ -126,7 +136,7 @@ def test_values_and_gradients(route, kind, shape, cotangents):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [150, 128, 97])
 def test_chunks(route, kind, rows):
-    """The same gradients, but for the order of sums; what belongs to a row bit for bit."""
+    """Gradients are the same up to the order of sums; results of a row are the same bit for bit."""
     problem = random(kind, STREAMED, rows, inputs=30)
     whole = run(route, problem)
     route.stack_at_most(rows * 600)  # 2 (48 + 176 + 304) elements a row
@@ -157,16 +167,16 @@ def test_expanded_cotangents(route):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [RESIDENT, STREAMED], ids=["resident", "streamed"])
-def test_what_is_not_wanted(route, kind, shape):
+def test_unwanted_results_are_not_computed(route, kind, shape):
     problem = random(kind, shape, 60, inputs=5)
     route.stack_at_most(20_000)
     full = run(route, problem)
-    gradients = [i for i in range(5 + len(shape[1])) if i != 4]
-    subsets = [sum(1 << i for i in some) for n in (1, 2) for some in itertools.combinations(gradients, n)]
-    for wanted in [0, *subsets]:
-        outputs = (wanted % 2 == 0, wanted % 2 == 1)
-        ours = run(route, problem, outputs=outputs, wanted=wanted)
-        # fewer operands to keep: fewer chunks, so other sums over them
+    gradients = list(problem.named)
+    for wanted in [(), *itertools.combinations(gradients, 1), *itertools.combinations(gradients, 2)]:
+        output = "map" if "x" in wanted else "potential"
+        ours = run(route, problem, outputs=[output], wanted=wanted)
+        assert set(ours) == {output, *(f"grad of {name}" for name in wanted)}
+        # with fewer operands there are fewer chunks, and sums in another order
         for name, value in ours.items():
             exact = name in ("potential", "map", "grad of x") or shape is RESIDENT
             scale = 0.0 if exact else 2e-6 if kind == "tf32x3" else 2e-2
@@ -184,10 +194,8 @@ def test_what_is_not_wanted(route, kind, shape):
     ],
     ids=str,
 )
-def test_products_in_another_type(route, shape, tensors, operands):
-    """Whatever torch.ops.ilvae_fast.* take."""
-    # values that both types hold
-    problem = random("bfloat16", shape, 77, inputs=shape[0] - 3).to(tensors)
+def test_products_in_another_dtype(route, shape, tensors, operands):
+    problem = random("bfloat16", shape, 77, inputs=shape[0] - 3).to(tensors)  # values that both types hold
     route.stack_at_most(100_000)
     ours, exact = run(route, problem, operands=operands), problem.to(torch.float64).plain()
     for name, value in ours.items():
@@ -207,7 +215,7 @@ def test_tf32_by_either_name(route, shape):
         expected = run(route, problem)
     finally:
         matmul.allow_tf32 = False
-    matmul.fp32_precision = "tf32"  # the newer name; the older one then raises
+    matmul.fp32_precision = "tf32"  # the newer name, after which the older one raises
     try:
         assert_same(run(route, problem), expected)
     finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cuda_fused import DTYPES, SOFT, Problem, Stacks, arguments, check, execute, program
+
+from cuda_cases import DTYPES, SOFT, Problem, Stacks, Sums, check, execute, launch, program
 
 # rows, width, hidden, input: every compiled shape, with widths that do not fill it
 SHAPES = [
@@ -58,33 +59,22 @@ def test_no_races_and_no_stray_accesses(kind, mode):
 @pytest.mark.parametrize("mode", ["plain", "races"])
 def test_absent_outputs(kind, mode):
     problem = small(kind)
-    full, operands = execute(kind, problem, streamed=True), arguments(problem)
+    full = execute(kind, problem, streamed=True)
     there, back = (program(kind, problem, training, mode, streamed=True) for training in (False, True))
     for wanted in ("potential", "map"):
         out = torch.full_like(full[wanted], float("nan"))
-        outputs = (out, None) if wanted == "potential" else (None, out)
-        there.fused(*operands, None, None, *outputs, *[None] * 7, 2, 3)
+        launch(there, problem, **{wanted: out}, seed=3)
         assert torch.equal(out, full[wanted]), f"{wanted} alone"
-
-    def sums():
-        count = 8 + problem.named["bias"].numel() + 24
-        return torch.full((count,), float("nan"), dtype=problem.dtype), torch.full((2, count + 1), float("nan"))
-
-    # parameters alone: A_k passes by only once
-    (gradients, partial), constant = sums(), torch.full((1,), float("nan"))
-    stacks = Stacks.of(problem)
-    rest = (gradients, constant, partial, stacks.x, stacks.h, stacks.d, 2, 3)
-    back.fused(*operands, problem.v, problem.u, None, None, None, *rest)
-    left = stacks.gradients(problem)
-    assert torch.equal(torch.cat([left.pop("skip_weight"), gradients[:8].view(1, 8)]), full["grad of skip_weight"])
-    for name, value in left.items():
+    # parameters alone: A_k is streamed only once
+    sums, stacks = Sums.of(problem, streamed=True), Stacks.of(problem)
+    launch(back, problem, sums=sums, stacks=stacks, seed=3)
+    gradients, left = sums.by_name(), stacks.gradients(problem)
+    gradients["skip_weight"] = torch.cat([left.pop("skip_weight"), gradients["skip_weight"]])
+    for name, value in (gradients | left).items():
         assert torch.equal(value, full[f"grad of {name}"]), name
-    assert torch.equal(gradients[8:-24], full["grad of bias"])
-    assert torch.equal(gradients[-24:].view(1, 24), full["grad of weights[2]"])
-    # x alone: nothing is written for products
-    grad_x, (gradients, partial) = torch.full_like(full["grad of x"], float("nan")), sums()
-    rest = (gradients, constant, partial, None, None, None, 2, 3)
-    back.fused(*operands, problem.v, problem.u, None, None, grad_x, *rest)
+    # x alone: no operands of products are written
+    grad_x = torch.full_like(full["grad of x"], float("nan"))
+    launch(back, problem, grad_x=grad_x, sums=Sums.of(problem, streamed=True), seed=3)
     assert torch.equal(grad_x, full["grad of x"])
 
 
@@ -99,16 +89,16 @@ def test_absent_outputs(kind, mode):
     ],
 )
 def test_only_odd_rows_of_16_bits_are_packed(kind, width, hidden, packed):
-    """Everything else is streamed from where it lies: a launch less."""
+    """All other weights are streamed from where they are, which saves a launch."""
     problem = Problem.random(DTYPES[kind], 20, width, hidden, SOFT[:3])
     potential = torch.zeros(20, dtype=problem.dtype)
     there = program(kind, problem, False, streamed=True)
-    assert there.fused(*arguments(problem), None, None, potential, *[None] * 8, 1, 1) == packed
+    assert launch(there, problem, potential=potential, blocks=1) == packed
     check(kind, problem, execute(kind, problem, streamed=True))
 
 
-def test_the_common_way_in_three_passes_of_tf32():
-    """Without the flush of the accumulator every 16 columns tensor cores lose two digits: csrc/cuda/fragments.cuh."""
+def test_three_passes_of_tf32_are_as_accurate_as_float32():
+    """Tensor cores would lose two digits without the flush of the accumulator: csrc/cuda/fragments.cuh."""
     problem = Problem.random(torch.float32, 32, 64, (256, 256), SOFT[:3], seed=5)
     ours, exact = execute("tf32x3", problem, streamed=True), problem.to(torch.float64).plain()
     for name in ("map", "grad of x", "grad of skip_weight", "grad of weights[0]"):

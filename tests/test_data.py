@@ -26,7 +26,7 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def small_mnist(tmp_path) -> dict[str, np.ndarray]:
-    """Made-up files in the form of MNIST under tmp_path / "mnist", and what is in them."""
+    """Synthetic files in MNIST's format under tmp_path / "mnist", and their contents."""
     rng = np.random.default_rng(0)
     shapes = ((30, 4, 5), (30,), (10, 4, 5), (10,))
     arrays = {name: rng.integers(0, 256, shape, np.uint8) for name, shape in zip(FILES, shapes, strict=True)}
@@ -127,7 +127,7 @@ def test_the_data_root_may_come_from_the_environment_and_follow_torchvision(tmp_
     assert len(data.load("mnist", verify=False).train) == 30
 
 
-def test_what_is_missing_is_fetched_by_torchvision_once(tmp_path, small_mnist, monkeypatch):
+def test_missing_files_are_downloaded_once(tmp_path, small_mnist, monkeypatch):
     fetched = []
 
     def fetch(root, download):
@@ -154,7 +154,7 @@ def test_a_missing_file_is_named_with_where_and_how(tmp_path, small_mnist):
         data.load("omniglot", tmp_path)
 
 
-def test_another_file_than_the_known_one_is_refused(tmp_path, small_mnist):
+def test_a_wrong_checksum_is_refused(tmp_path, small_mnist):
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: is not the known file: sha256.*verify=False"):
         data.load("mnist", tmp_path)
 
@@ -190,7 +190,7 @@ def test_omniglot_labels_number_the_characters(tmp_path):
     numbers = (loaded.test[:, 0] * 255).round().long()
     assert numbers.sort().values.tolist() == list(range(100))
     assert torch.equal(loaded.test_labels, 3 + numbers // 20)
-    assert set(loaded.test_labels[:20].tolist()) == {3, 4, 5, 6, 7}  # the first ones are of all characters
+    assert set(loaded.test_labels[:20].tolist()) == {3, 4, 5, 6, 7}  # shuffled: the first ones cover all characters
     assert torch.equal(loaded.test, again.test)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -218,7 +218,7 @@ def test_the_real_files(name, train, test, mean):
 
 
 @pytest.mark.parametrize("name", ["toy", "pinwheel", "synthetic_text"])
-def test_drawn_data_are_always_the_same_and_leave_torchs_generator_alone(name):
+def test_synthetic_data_are_reproducible_and_leave_torchs_generator_alone(name):
     options = {"num_sentences": 50} if name == "synthetic_text" else {}
     state = torch.get_rng_state()
     first, second = data.load(name, **options), data.load(name, **options)
@@ -255,7 +255,7 @@ def test_synthetic_sentences_depend_on_their_latent():
     assert text.train.dtype == torch.int64
     assert (text.num_categories, text.shape) == (50, (10,))
     assert 0 <= text.train.min() < text.train.max() < 50
-    # the first token knows nothing of the Gaussian, the others do: their frequencies differ from one to the other
+    # the first token is independent of the Gaussian, the others are not: their frequencies differ between Gaussians
     counts = torch.zeros(2, 4, 50)
     for row, column in ((0, text.train[:, 0]), (1, text.train[:, -1])):
         counts[row].index_put_((text.train_labels, column), torch.tensor(1.0), accumulate=True)
@@ -295,12 +295,12 @@ def test_reserved_words_in_a_text_are_the_reserved_tokens(tmp_path):
     a, b = words.vocabulary.index("a"), words.vocabulary.index("b")
     assert words.train.unique(dim=0).tolist() == [[a, 1, b, 0, -1, -1]]
     assert set(words.to_text(words.test)) == {"a <unk> b <eos>"}
-    letters = data.load(f"text:{path}", length=20)  # where they are none
+    letters = data.load(f"text:{path}", length=20)  # as characters, these are ordinary text
     assert set("<eos>unkab ") == set(letters.vocabulary[2:])
     assert set(letters.to_text(letters.train)) == {"a <unk> b <eos><eos>"}
 
 
-def test_tokens_of_the_test_part_alone_are_unknown(tmp_path):
+def test_tokens_of_the_test_set_alone_are_unknown(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("".join(f"word{k} the\n" for k in range(20)))
     words = data.load(f"text:{path}", level="word", test_fraction=0.25)
@@ -359,7 +359,7 @@ def test_arrays_are_scaled_flattened_and_split(tmp_path):
         ({"x_train": np.zeros((3, 2)), "y_train": np.array(["0", "1", "2"])}, "y_train is <U1, wanted whole"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, message):
+def test_inconsistent_arrays_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "arrays.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         data.load(f"npz:{tmp_path / 'arrays.npz'}")
@@ -374,7 +374,7 @@ def test_labels_may_be_of_any_type_that_holds_whole_numbers(tmp_path, dtype):
     assert labels.tolist() == [0, 7, 2]
 
 
-def test_what_numpy_did_not_write_is_refused(tmp_path):
+def test_a_file_that_is_not_an_archive_of_arrays_is_refused(tmp_path):
     Path(tmp_path / "arrays.npz").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(ValueError, match=r"no archive of arrays that numpy\.savez wrote"):
         data.load(f"npz:{tmp_path / 'arrays.npz'}")

@@ -61,7 +61,7 @@ def test_orthogonal_columns_stay_orthonormal_in_training():
     torch.testing.assert_close(b.mT @ b, torch.eye(3, dtype=torch.float64))
 
 
-def test_the_bound_is_of_what_is_applied():
+def test_the_bound_is_that_of_the_applied_matrices():
     assert float(_decoder(inverse_lipschitz=(0.5, 3.0)).inverse_lipschitz_bound()) == pytest.approx(1.5)
     assert float(_decoder("orthogonal", inverse_lipschitz=2.0).inverse_lipschitz_bound()) == pytest.approx(4.0)
     decoder = _decoder("full_rank", inverse_lipschitz=(1.0, 2.0))
@@ -102,7 +102,7 @@ def test_low_precision_and_autocast(embedding):
     assert decoder.bfloat16()(z.bfloat16()).dtype == torch.bfloat16
 
 
-def test_equal_dimensions_and_a_drop_in_place():
+def test_a_square_decoder_drops_into_a_sequential_model():
     model = torch.nn.Sequential(torch.nn.Linear(10, 4), il.BrenierDecoder(4, 4, ((6,), (6,))), torch.nn.Sigmoid())
     loss = model(torch.randn(5, 10)).square().mean()
     loss.backward()
@@ -149,7 +149,7 @@ def test_hooks_of_both_maps_run():
 
 
 def test_pruned_weights_are_trained():
-    decoder = _decoder()  # torch's pruning makes the weight anew in a hook before each call
+    decoder = _decoder()  # pruning recomputes the weight in a hook before each call
     torch.nn.utils.prune.l1_unstructured(decoder.data_map, "skip_weight", 0.3)
     z = torch.randn(2, 3, dtype=torch.float64)
     before = decoder(z).detach()
@@ -251,7 +251,7 @@ def test_a_loaded_constant_that_is_the_same_or_was_assigned_says_nothing():
         (np.zeros((2, 3)), TypeError, "z: got ndarray, wanted a tensor; torch.as_tensor"),
     ],
 )
-def test_bad_latents_are_refused_in_words_of_the_decoder(embedding, method, z, error, words):
+def test_bad_latents_are_refused_by_name(embedding, method, z, error, words):
     decoder = il.BrenierDecoder(3, 7, ((8, 5), (9,)), embedding=embedding)
     with pytest.raises(error, match=words) as caught:
         getattr(decoder, method)(z)
@@ -278,7 +278,7 @@ def _foreign_init(module):
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
-def test_a_foreign_initialisation_leaves_a_decoder_that_learns(embedding):
+def test_a_decoder_learns_after_another_initialisation(embedding):
     torch.manual_seed(0)
     decoder, z = il.BrenierDecoder(10, 784, embedding=embedding, nonneg="square"), torch.randn(32, 10)
     largest = [float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max())]
@@ -323,7 +323,7 @@ def test_weight_decay_shrinks_the_decoder_to_its_floor(embedding, nonneg):
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
-def test_tools_of_training_code_work_on_the_decoder(embedding, tmp_path):
+def test_common_training_utilities_work(embedding, tmp_path):
     options = {"data_shape": (1, 4, 4), "embedding": embedding, "inverse_lipschitz": (0.7, 0.3)}
     decoder, z = il.BrenierDecoder(3, None, ((8, 5), (9,)), **options), torch.randn(4, 3)
     values = decoder(z).detach()

@@ -1,4 +1,4 @@
-"""The demo, from its command line to the files it leaves."""
+"""The demo, from its command line to the files it writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Output folder and terminal of one quick run."""
+    """Output folder and printed text of one quick run."""
     folder = tmp_path_factory.mktemp("demo")
     process = run("--quick", "--L", "2", "0.5", "--epochs", "3", cwd=folder)
     assert process.returncode == 0, process.stderr
@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_numbers_that_are_consistent(finished):
+def test_the_demo_writes_consistent_numbers(finished):
     output, _ = finished
     # no NaN or Infinity, which are not JSON
     record = json.loads((output / "metrics.json").read_text(), parse_constant=pytest.fail)
@@ -71,7 +71,7 @@ def test_the_demo_leaves_numbers_that_are_consistent(finished):
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_figures_and_a_page_that_needs_nothing_else(finished):
+def test_the_demo_writes_figures_and_a_self_contained_page(finished):
     output, _ = finished
     for name in FIGURES:
         assert (output / name).read_bytes().startswith(b"\x89PNG"), name
@@ -88,7 +88,7 @@ def test_the_demo_leaves_figures_and_a_page_that_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_a_checkpoint_of_each_model(finished):
+def test_the_demo_writes_a_checkpoint_of_each_model(finished):
     output, _ = finished
     keys = [model["key"] for model in json.loads((output / "metrics.json").read_text())["models"]]
     assert len(keys) == 5
@@ -98,7 +98,7 @@ def test_the_demo_leaves_a_checkpoint_of_each_model(finished):
         model = VAE.from_pretrained(output / "checkpoints" / key)
         assert model.sample(2).shape == (2, 64)
         sizes.append(sum(parameter.numel() for parameter in model.decoder.parameters()))
-    # no decoder has an advantage of size
+    # no decoder is larger than the others
     assert max(sizes) <= 1.1 * min(sizes)
 
 
@@ -120,7 +120,7 @@ def test_the_terminal_ends_with_the_table_and_the_verdict(finished):
 
 
 def judged(vae: dict, advised: dict, larger: dict, payable: int = 12) -> tuple[list[bool], str]:
-    """Whether each finding is what the demo wants to show, and the verdict, of made-up numbers."""
+    """For given numbers: whether each finding is the one that the demo is meant to show, and the verdict."""
     first = {"label": "VAE", "L": None, "advised": False, **vae}
     others = [("LIDVAE", 0.0, advised), ("IL-LIDVAE", 0.06, advised), ("IL-LIDVAE", 1.2, larger)]
     models = [first, *({"label": label, "L": L, "advised": L == 0.06, **numbers} for label, L, numbers in others)]

@@ -55,7 +55,7 @@ def test_measures_are_reduced(together):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_written_by_the_first_and_ends_alike_in_both(together):
+def test_only_the_first_process_writes_and_both_return_the_same(together):
     results = [json.loads((together / f"run{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0] == results[1] == json.loads((together / "run" / "metrics.json").read_text())
     assert len(json.loads((together / "run" / "history.json").read_text())) == 2
@@ -96,7 +96,7 @@ def sharded(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_that_of_one_process(sharded, tmp_path, monkeypatch):
+def test_a_sharded_run_matches_that_of_one_process(sharded, tmp_path, monkeypatch):
     monkeypatch.setattr(DiagonalGaussian, "_draw", DiagonalGaussian._draw)
     same_noise()
     alone = train(replace(config(tmp_path), batch_size=128))
@@ -128,7 +128,7 @@ def test_a_sharded_run_that_was_killed_ends_bitwise_the_same(sharded):
 
 
 @pytest.mark.slow
-def test_sharded_gradients_that_diverge_are_named_alike_and_reproduced(sharded):
+def test_a_diverging_sharded_run_is_reported_alike_and_reproduced(sharded):
     messages = [(sharded / f"diverged{rank}").read_text() for rank in (0, 1)]
     (stated,) = {re.search(r"gradient is that of (\S+), of norm (\S+);", message).groups() for message in messages}
     (path,) = (sharded / "out" / "diverged").glob("*.pt")

@@ -56,6 +56,18 @@ def test_a_missing_block_barrier_is_a_race_and_shows_as_nan(faults):
     assert np.isnan(y).any()
 
 
+def test_a_barrier_that_is_taken_away_is_missing_for_that_program_alone(faults):
+    source = faults["races"].source
+    lines = source.read_text().splitlines()
+    (line,) = (number for number, text in enumerate(lines, 1) if "if (barrier) __syncthreads();" in text)
+    without = Program("faults", "races", without_barrier=(source.name, line))
+    x, y = np.ones(64, np.float32), floats(64)
+    for _ in range(2):
+        with pytest.raises(ExecutorError, match="data race"):
+            without.run_reverse(1, 64, x, y, 1, 1)
+        faults["races"].run_reverse(1, 64, x, y, 1, 1)
+
+
 def test_a_missing_warp_barrier_is_a_race_even_where_the_order_hides_it(faults):
     x = np.ones(64, np.float32)
     for seed in SEEDS:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,8 +93,8 @@ def test_saved_panels_outlive_a_change_of_the_number_of_threads():
     assert_equal_to_rounding("x", gradient, tensors.gradients(reference, True, False)["x"])
 
 
-def test_what_overflows_off_the_batch_alone_spoils_nothing():
-    # finite on the batch (x = 1), infinite in float32 at x = 0
+def test_overflow_in_padded_rows_is_harmless():
+    # finite on the batch, where x = 1; infinite in float32 on padded rows, where x = 0
     x = torch.ones(3, 4)
     skip, bias = torch.full((9, 4), -1e20 / 4), torch.full((9,), 1e20)
     skip[8], bias[8] = 0.0, 0.0
@@ -107,13 +108,13 @@ def test_what_overflows_off_the_batch_alone_spoils_nothing():
     torch.testing.assert_close(*gradients)
 
 
-def test_a_large_bias_is_rounded_with_once():
+def test_a_large_bias_is_rounded_once():
     torch.manual_seed(0)
     x, row = torch.randn(64, 30), torch.randn(30)
     skip_weight, bias = torch.stack([row, torch.zeros(30)]), torch.tensor([1000.0, -1000.0])
     options = {"activations": ["identity", "identity"], "inverse_lipschitz": 0.0, "route": "fused"}
     phi = functional.potential(x, skip_weight, bias, [torch.ones(1, 1)], **options)
-    half_a_unit = 2.0**-15  # of the last place, at 1000
+    half_a_unit = 2.0**-15  # in the last place of 1000
     assert (phi.double() - x.double() @ row.double()).abs().max() <= 1.1 * half_a_unit
 
 
@@ -141,19 +142,17 @@ assert torch.equal(run(1000), before)
 
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_the_map_of_few_rows_of_a_large_network(rows):
-    case = _case(200, (300, 300), "none", rows)
-    tensors = case.__class__(**{**case.__dict__, "route": "auto"}).tensors(torch.float64)
+    tensors = replace(_case(200, (300, 300), "none", rows), route="auto").tensors(torch.float64)
     for name, a, b in zip(("potential", "map"), tensors.outputs(), tensors.outputs(reference), strict=True):
         assert_equal_to_rounding(name, a, b)
 
 
 @pytest.mark.slow
-def test_operands_above_the_budget_are_worked_through_in_chunks():
+def test_operands_above_the_budget_are_processed_in_chunks():
     case = _case(1500, (1500, 1500), "none", 1600, later="softplus")  # without kinks: float32 against float32
-    tensors = case.tensors(torch.float32)
     with threads(2):
-        ours = tensors.gradients(functional, True, False)
-    matmul = case.__class__(**{**case.__dict__, "route": "matmul"}).tensors(torch.float32)
+        ours = case.tensors(torch.float32).gradients(functional, True, False)
+    matmul = replace(case, route="matmul").tensors(torch.float32)
     for name, value in matmul.gradients(functional, True, False).items():
         assert float((ours[name] - value).abs().max()) < 1e-5 * float(value.abs().max()), name
 
@@ -161,9 +160,20 @@ def test_operands_above_the_budget_are_worked_through_in_chunks():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability):
-    here = __file__
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", here, "-k", "reference or bits"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            "reference or bits",
+        ],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         check=True,
     )

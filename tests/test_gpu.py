@@ -57,7 +57,7 @@ def compiled_networks() -> list[tuple[int, tuple[int, ...]]]:
     """Networks that take every shape of csrc/cuda/fused_shapes.h on a GPU with the shared memory of an H100."""
     text = (Path(__file__).parent.parent / "csrc" / "cuda" / "fused_shapes.h").read_text()
     resident = re.findall(r"S\((\d+), (\d+), ([1-9])\)", text)
-    # the layers: too many for resident weights, and so many that not even the map has them
+    # 3 layers: too many for resident weights in training; 4: in the map too
     streamed = [(n, d, k) for n, d in re.findall(r"S\((\d+), (\d+), true\)", text) for k in ("3", "4")]
     assert resident, "fused_shapes.h no longer lists its shapes as S(n, d, layers)"
     assert streamed, "fused_shapes.h no longer lists its shapes as S(n, d, true)"
@@ -106,7 +106,7 @@ def test_values_and_gradients(shape, dtype, cotangents):
 @pytest.mark.parametrize("activation", [SMOOTH, CELU, RELU], ids=lambda a: a.name)
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_other_activations(shape, activation):
-    # in 16 bits luck decides on which side of a kink of s or s' a pre-activation falls
+    # in 16 bits, rounding decides on which side of a kink of s or s' a pre-activation falls
     for dtype in DTYPES if activation is SMOOTH else DTYPES[:2]:
         check(tensors_of(shape, dtype, activation), dtype, (True, True))
 
@@ -144,7 +144,7 @@ def test_small_set(shape):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[12], STREAMED], ids=str)
 def test_transformations_see_what_the_operators_do(shape, dtype):
-    """Fake tensors, compiled regions and torch.func give what the operators give by themselves."""
+    """Fake tensors, compiled regions and torch.func agree with the operators."""
     tensors = tensors_of(shape, dtype)
     x, *rest = tensors.positional()
     options = tensors.options()
@@ -178,7 +178,7 @@ def test_transformations_see_what_the_operators_do(shape, dtype):
         assert error <= 8 * eps * scale, (name, error, scale)
 
 
-# there is no other device to be on; the rehearsal runs it on the CPU
+# needs a second device; the rehearsal uses the CPU for both
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_a_device_that_is_not_the_current_one():
     device = "cuda:1" if DEVICE == "cuda" else DEVICE

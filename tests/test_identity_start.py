@@ -1,4 +1,4 @@
-"""initialization="identity": E |T(x) - x|^2 / E |x|^2 for x ~ N(0, I), without a step of training."""
+"""initialization="identity": E |T(x) - x|^2 / E |x|^2 for x ~ N(0, I), before training."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SMOOTH = [
     ("identity", "squared_leaky_relu"),
 ]
 KINKED = [("leaky_relu", None), ("relu", None), ("leaky_relu", "squared_leaky_relu")]
-# of a map with kinks in all layers, by units per coordinate: a staircase with that many steps
+# The error of a map with kinks in all layers, by units per coordinate: a staircase with that many steps.
 STAIRCASE = {1: 0.5, 2: 0.4, 4: 0.3, 8: 0.2, 16: 0.1, 32: 0.05}
 
 
@@ -88,7 +88,7 @@ def test_large_constants_start_at_their_own_multiple():
         assert (layer(x) - 3 * x).norm() <= 0.06 * x.norm()
 
 
-def test_the_random_start_is_far_from_it():
+def test_a_random_start_is_far_from_the_identity():
     torch.manual_seed(0)
     assert _error(il.BrenierMap(16, (64, 64), inverse_lipschitz=0.0)) > 5 * 0.02
 
@@ -109,7 +109,7 @@ def test_everything_trains(nonneg, activation, first):
         if step == 0:
             for name, parameter in layer.named_parameters():
                 if name == "bias" and (activation, first) in KINKED[:2]:
-                    continue  # the slopes do not change with a bias, but at the kinks
+                    continue  # slopes depend on a bias only at the kinks
                 assert 1e-6 < parameter.grad.norm() < 1e3, name
         optimiser.step()
         losses.append(loss.item())
@@ -143,7 +143,7 @@ def test_trained_constants_and_other_dtypes():
     assert _error(layer.float()) <= 0.02
 
 
-def test_without_memory_and_after_it():
+def test_the_meta_device_and_fake_tensors():
     layer = _map(4, (64, 64), inverse_lipschitz=0.3, device="meta")
     layer.to_empty(device="cpu").reset_parameters()
     assert _error(layer) <= 0.02
@@ -153,7 +153,7 @@ def test_without_memory_and_after_it():
         assert _error(_map(4, (64,), inverse_lipschitz=0.0)) <= 0.02
 
 
-def test_what_cannot_be_is_refused():
+def test_refusals():
     with pytest.raises(ValueError, match=r"initialization.*'identty'.*identity"):
         il.BrenierMap(2, (4,), initialization="identty")
     with pytest.raises(ValueError, match="initialization: got 'identity' with activation 'identity'"):

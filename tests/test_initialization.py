@@ -22,8 +22,8 @@ SEEDS, ROWS = 10, 128
 
 
 def _variances(width, hidden, scales=(1.0,), seeds=SEEDS, **options) -> list[float]:
-    """Of T(scale x), x ~ N(0, I), over x at fixed weights; the mean over coordinates and draws of the weights."""
-    x = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(12345))  # not one of the weights
+    """The variance of T(scale x) over x ~ N(0, I), averaged over coordinates and draws of the weights."""
+    x = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(12345))  # independent of the weights' seeds
     total = torch.zeros(len(scales))
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def _variances(width, hidden, scales=(1.0,), seeds=SEEDS, **options) -> list[flo
 
 
 def _variance(width, hidden, **options) -> float:
-    return _variances(width, hidden, seeds=2, **options)[0]  # it is scaled at each draw of the weights
+    return _variances(width, hidden, seeds=2, **options)[0]  # each draw of the weights is scaled: two are enough
 
 
 @pytest.mark.parametrize(("activation", "first", "output"), ACTIVATIONS)
@@ -69,7 +69,7 @@ def test_maps_without_curvature_do_not_depend_on_the_scale_of_their_inputs(activ
 
 
 def test_an_even_first_activation_does_not_switch_the_map_off():
-    """Its slopes cancel: weights of about one over their mean were 200, and T(x / 2) had a variance of 3e-41."""
+    """Its slopes cancel. Weights scaled by the inverse of their mean would be 200, and T(x / 2) of variance 3e-41."""
     options = {"activation": "celu", "first_activation": il.Activation("squared_leaky_relu", 1.0)}
     layer = il.BrenierMap(16, (64, 64, 32), inverse_lipschitz=0.0, **options)
     assert max(float(w.max()) for w in layer.nonneg_weights()) < 5
@@ -83,7 +83,7 @@ def test_variance_does_not_depend_on_the_parametrisation(nonneg):
 
 
 @pytest.mark.parametrize(("activation", "first", "output"), ACTIVATIONS)
-def test_the_map_has_no_mean(activation, first, output):
+def test_the_map_has_mean_zero(activation, first, output):
     torch.manual_seed(0)
     layer = il.BrenierMap(
         64, (128, 64), activation=activation, first_activation=first, output_activation=output, inverse_lipschitz=0.0

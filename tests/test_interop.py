@@ -1,4 +1,4 @@
-"""Clients as their users have them: pythae, Lightning and a loop in plain PyTorch train, save, load and sample.
+"""The decoder in other frameworks: pythae, Lightning and a plain PyTorch loop train, save, load and sample.
 
 Needs the extra ``interop``; without it these tests fail.
 """
@@ -30,7 +30,7 @@ decoder = model.decoder
 from lightning_vae import VAE
 decoder = VAE.load_from_checkpoint(folder / "model.ckpt", weights_only=True).decoder
 """,
-    # by pythae alone, from the pickled decoder: the user's own module is not asked for
+    # by pythae alone, from the pickled decoder, without the user's own module
     "pythae_vae": """
 from pythae.models import AutoModel
 (model,) = folder.glob("VAE_training_*/final_model")

@@ -48,7 +48,7 @@ def test_first_activation_squared_and_an_output_activation():
 @pytest.mark.parametrize("where", ["activation", "first_activation", "output_activation"])
 @pytest.mark.parametrize("kinked", ["leaky_relu", "relu"])
 @pytest.mark.parametrize("method", ["inverse", "logabsdet"])
-def test_maps_that_jump_are_refused(where, kinked, method):
+def test_maps_with_kinks_are_refused(where, kinked, method):
     with pytest.raises(ValueError, match=rf"^{where}: got '{kinked}', wanted one without a kink, such as 'softplus'"):
         getattr(_layer(**{where: kinked}), method)(torch.zeros(4, dtype=torch.float64))
 
@@ -71,7 +71,7 @@ def test_float32_and_autocast():
     layer = _layer(dtype=torch.float32, inverse_lipschitz=0.3)
     x = torch.randn(30, 4)
     torch.testing.assert_close(layer.inverse(layer(x)), x, rtol=1e-5, atol=1e-5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # the map is rounded, its inverse is not
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the map is rounded, its inverse is computed in float32
         y = layer(x)
         back = layer.inverse(y.float())
     torch.testing.assert_close(layer(back), y.float(), rtol=1e-5, atol=1e-5)
@@ -166,7 +166,7 @@ def test_the_result_may_be_changed_in_place(trained):
     torch.testing.assert_close(torch.autograd.grad(layer.inverse(y).mul_(10).sum(), y)[0], wanted)
 
 
-def test_the_gradient_is_that_of_the_parameters_then():
+def test_the_gradient_uses_the_parameters_of_the_forward_pass():
     layer = _layer(3, (5,))
     y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     (wanted,) = torch.autograd.grad(layer.inverse(y).sum(), y)

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels: what may be shipped, and that the gate sees what may not."""
+"""The report on the machine code of the CUDA kernels, and the gate that refuses what must not be shipped."""
 
 import shutil
 import subprocess

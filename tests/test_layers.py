@@ -14,7 +14,7 @@ def _layer(**options):
     return il.BrenierMap(5, (8, 7), dtype=torch.float64, **options)
 
 
-def test_state_is_the_contract():
+def test_the_state_has_the_documented_names_and_shapes():
     shapes = {name: tuple(t.shape) for name, t in _layer().state_dict().items()}
     assert shapes == {
         "skip_weight": (16, 5),
@@ -64,7 +64,7 @@ def test_a_constant_is_filled_in_place():
     assert buffer.item() == 0.25
 
 
-def test_a_tensor_makes_a_constant_too():
+def test_a_constant_given_as_a_tensor_is_copied():
     constant = torch.tensor([0.75])
     layer = _layer(inverse_lipschitz=constant)
     constant.fill_(3.0)
@@ -78,7 +78,7 @@ def test_a_trained_constant_stays_non_negative_and_learns():
     optimiser = torch.optim.SGD([layer.raw_inverse_lipschitz], lr=0.05)
     for _ in range(50):
         optimiser.zero_grad()
-        layer(x).square().sum(-1).mean().backward()  # asks for as small a constant as there is
+        layer(x).square().sum(-1).mean().backward()  # pushes the constant towards zero
         optimiser.step()
     assert 0 <= layer.inverse_lipschitz.item() < 0.4
     layer.inverse_lipschitz = 1.5
@@ -169,7 +169,7 @@ def test_a_state_is_adopted(constant, device, dtype):
     assert torch.equal(layer(x), source(x))
     for name, value in layer.state_dict().items():
         assert value.dtype == state[name].dtype
-        if name == "_extra_state":  # made anew for each state
+        if name == "_extra_state":  # each state has its own
             continue
         assert value.data_ptr() == state[name].data_ptr(), name
 
@@ -298,7 +298,7 @@ def test_validate_finds_what_a_training_step_broke():
         layer(x)
 
 
-def test_as_many_layers_as_there_may_be():
+def test_the_largest_number_of_layers():
     layer = il.BrenierMap(2, (2,) * 55, dtype=torch.float64)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     variables = [x, *layer.parameters()]

@@ -1,3 +1,5 @@
+"""Parametrisations of non-negative weights: values, inverses, derivatives, refusals."""
+
 import pytest
 import torch
 
@@ -17,11 +19,11 @@ def test_effective_weights_are_non_negative_and_raw_inverts(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_derivatives(kind):
-    raw = RAW[torch.arange(0, 601, 7)] + 0.013  # beside the kinks
+    raw = RAW[torch.arange(0, 601, 7)] + 0.013  # away from the kinks
     assert torch.autograd.gradcheck(kind, (raw.requires_grad_(),))
 
 
-def test_none_is_the_users_promise():
+def test_none_leaves_the_weights_as_they_are():
     torch.testing.assert_close(il.NonNegative("none")(RAW), RAW)
 
 

@@ -1,4 +1,4 @@
-"""What the architecture guarantees, on random pairs and on pairs found by gradient descent on the ratio."""
+"""The guarantees of the architecture, on random pairs and on pairs that gradient descent finds."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_decoders_keep_their_bound(seed, embedding, nonneg, activation, first, c
 
 
 def _adversarial(ratio, shape, steps=150):
-    """Pairs that gradient descent drives towards the smallest ratio it can find."""
+    """Pairs that gradient descent drives towards a small ratio, and the ratios it starts from."""
     pair = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.Adam([pair], lr=0.05)
     start = None
@@ -98,6 +98,15 @@ def _adversarial(ratio, shape, steps=150):
         value.sum().backward()
         optimiser.step()
     return pair.detach(), start
+
+
+def _monotonicity_ratio(layer: il.BrenierMap):
+    """``<T(x) - T(y), x - y> / |x - y|^2`` of pairs."""
+
+    def ratio(x, y):
+        return ((layer(x) - layer(y)) * (x - y)).sum(-1) / (x - y).square().sum(-1)
+
+    return ratio
 
 
 @pytest.mark.parametrize(
@@ -122,9 +131,7 @@ def test_adversarial_pairs_keep_strong_monotonicity():
     torch.manual_seed(5)
     layer = il.BrenierMap(4, (16, 8), inverse_lipschitz=0.3, dtype=torch.float64)
 
-    def ratio(x, y):
-        return ((layer(x) - layer(y)) * (x - y)).sum(-1) / (x - y).square().sum(-1)
-
+    ratio = _monotonicity_ratio(layer)
     (x, y), start = _adversarial(ratio, (32, 4))
     found = ratio(x, y).detach()
     assert found.mean() < start.mean()
@@ -132,15 +139,13 @@ def test_adversarial_pairs_keep_strong_monotonicity():
 
 
 def test_a_map_with_a_negative_weight_breaks_the_bound():
-    """The tests above can fail: with an effective weight that is negative the attack finds a violation."""
+    """The tests above can fail: with a negative effective weight the attack finds a violation."""
     torch.manual_seed(5)
     layer = il.BrenierMap(4, (16, 8), inverse_lipschitz=0.3, nonneg="none", dtype=torch.float64)
     with torch.no_grad():
         layer.raw_weights[-1].neg_()
 
-    def ratio(x, y):
-        return ((layer(x) - layer(y)) * (x - y)).sum(-1) / (x - y).square().sum(-1)
-
+    ratio = _monotonicity_ratio(layer)
     (x, y), _ = _adversarial(ratio, (32, 4))
     assert (ratio(x, y) < 0.3 * (1 - 1e-3)).any()
 
@@ -225,7 +230,7 @@ def test_finite_differences_agree_with_autograd_on_raw_parameters(nonneg, activa
 
 
 def test_the_reference_satisfies_the_same_properties():
-    """Yardstick and operator are independent: the reference alone keeps the bound too."""
+    """The reference, which is independent of the operators, keeps the bound by itself."""
     case = Case(4, (6, 5), tuple(map(il.Activation, ("celu", "softplus", "softplus"))), "none", (64,), 0.9, 7)
     tensors = case.tensors(torch.float64)
     _, *rest = tensors.positional()

@@ -1,4 +1,4 @@
-"""What was saved keeps its meaning when defaults change: states and configurations, those of version 1 too."""
+"""Saved states and configurations keep their meaning when defaults change, those of version 1 too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def without_version(state: dict) -> dict:
 # states
 
 
-def test_a_state_says_what_function_it_is_of():
+def test_a_state_records_its_function():
     layer = il.BrenierMap(3, (4, 5), activation="celu", first_activation=il.Activation("squared_leaky_relu", 0.3))
     state = layer.state_dict()
     same = il.BrenierMap(3, (4, 5), activation="celu", first_activation=il.Activation("squared_leaky_relu", 0.3))
@@ -53,7 +53,7 @@ def test_a_state_of_another_function_is_refused(options, named):
         il.BrenierMap(3, (4, 5), **options).load_state_dict(state, strict=False)
 
 
-def test_a_state_without_a_version_wants_the_options_that_it_was_made_with():
+def test_a_state_without_a_version_needs_its_original_options():
     old = without_version(il.BrenierMap(3, (4, 5), **FIRST).state_dict())
     with pytest.raises(RuntimeError, match=r"Pass activation=\.\., nonneg=\.\."):
         il.BrenierMap(3, (4, 5)).load_state_dict(old)
@@ -81,7 +81,7 @@ def test_a_decoder_state_of_another_embedding_is_refused(embedding, other):
             decoder.load_state_dict(state)
 
 
-def test_a_decoder_state_without_a_version_names_the_embedding_of_then():
+def test_a_decoder_state_without_a_version_names_its_embedding():
     old = without_version(il.BrenierDecoder(2, 5, ((4,), (6,)), embedding="identity", **FIRST).state_dict())
     with pytest.raises(RuntimeError, match="construct it with embedding='identity'"):
         il.BrenierDecoder(2, 5, ((4,), (6,)), **FIRST).load_state_dict(old)
@@ -126,7 +126,7 @@ def test_a_configuration_of_an_earlier_version_keeps_its_meaning(tmp_path):
     assert restored.config.decoder_options["activation"] == "softplus"
 
 
-def test_what_is_left_out_of_a_configuration_has_the_defaults_of_now():
+def test_missing_fields_of_a_configuration_take_the_current_defaults():
     config = VAEConfig.from_dict({"data_dim": 4, "latent_dim": 2})
     assert config.embedding == "orthogonal"
     assert config.decoder_options == {}
@@ -146,5 +146,5 @@ def test_a_run_of_an_earlier_version_keeps_its_meaning():
     assert TrainConfig.from_dict(fields).model_options == {}
 
 
-def test_a_part_of_a_run_has_the_defaults_of_now():
+def test_missing_fields_of_a_run_take_the_current_defaults():
     assert TrainConfig.from_dict({"data": "digits"}).initialize is True

@@ -1,4 +1,4 @@
-"""The softplus of raw weights: one operator for all layers against PyTorch's own, and what falls back to that."""
+"""The softplus of raw weights: one operator for all layers, against PyTorch's own and where it falls back to that."""
 
 import copy
 
@@ -13,7 +13,7 @@ from ilvae_fast import ops
 from raw_operators import softplus, softplus_backward
 
 DTYPES = [torch.float32, torch.float64]
-# empty; less than a vector; whole vectors and a rest; several threads
+# empty; less than a vector; whole vectors and a remainder; several threads
 SHAPES = [(0, 3), (1, 3), (1, 67), (37, 19), (301, 257)]
 
 
@@ -27,7 +27,7 @@ def _plain(raws):
 
 
 def _near(ours, theirs):
-    """To four roundings of every element."""
+    """Equal to within four roundings of each element."""
     epsilon = torch.finfo(theirs[0].dtype).eps
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=4 * epsilon, atol=0)
@@ -80,7 +80,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_what_is_not_asked_for_is_not_computed():
+def test_unneeded_gradients_are_not_computed():
     raws = _raws(shapes=[(2, 3), (4, 2), (1, 4)])
     raws[1].requires_grad_(False)
     weights = ops.softplus(raws)
@@ -104,7 +104,7 @@ def test_opcheck():
     softplus_backward.check(raw=detached, cotangents=[torch.randn_like(r) for r in detached])
 
 
-def test_transformations_take_pytorchs_own():
+def test_transformations_use_pytorchs_softplus():
     kind = il.NonNegative("softplus")
     raw = torch.randn(3, 4, dtype=torch.float64)
     direction = torch.randn_like(raw)
@@ -121,7 +121,7 @@ def test_transformations_take_pytorchs_own():
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "meta", "fake", "subclass"])
-def test_other_tensors_take_pytorchs_own(name):
+def test_other_tensors_use_pytorchs_softplus(name):
     class Own(torch.Tensor):
         pass
 

@@ -88,7 +88,7 @@ def test_the_divergence_is_larger_with_a_large_constant(rows, prior, sigma):
 
 
 def test_the_plain_latent_collapses_where_that_of_il_lidvae_does_not(rows):
-    """In the latent that is used less; of the data's two directions one is noise alone. All seeds."""
+    """In the less used latent, for all seeds; of the data's two directions one is noise alone."""
     at = {"setting": "true", "prior": "normal", "sigma": 7.5}
     assert max(values(rows, "kl_smaller", **at, L=None)) < 0.01
     for constant in (1.0, 3.0, 10.0):

@@ -1,53 +1,27 @@
-"""Runs: the loop, checkpoints, resuming after SIGKILL, and what happens when training diverges."""
+"""Runs: the loop, what it measures and writes, sweeps, and what happens when training diverges."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import os
-import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import warnings
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from ilvae_fast import metrics
 from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
-from ilvae_fast.training.state import Batches, Position, latest
+from ilvae_fast.training.state import Batches, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
-from training_cases import OPTIONS, SMALL, small, state_of
-
-ROOT = Path(__file__).parents[1]
-
-
-def interrupt(step: int, steps: int, values: dict[str, float]) -> None:
-    if step == 8:
-        raise KeyboardInterrupt
-
-
-def interrupted(config: TrainConfig) -> Path:
-    """The first of two checkpoints, after 5 of 6 steps in each of two epochs; the run ended after the eighth."""
-    with pytest.raises(KeyboardInterrupt):
-        train(config, interrupt)
-    return latest(config.folder / "checkpoints")
-
+from training_cases import OPTIONS, SMALL, interrupted, small, state_of
 
 # batches
 
 
-def test_batches_of_all_processes_are_a_permutation_without_its_rest():
+def test_batches_of_all_processes_partition_a_permutation():
     x = torch.arange(23).unsqueeze(-1)
     parts = [list(Batches(x, 3, seed=1, process=p, num_processes=2).epoch(4)) for p in (0, 1)]
     together = torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)]).flatten()
@@ -67,7 +41,7 @@ def test_data_that_fill_no_batch_are_refused():
 # the loop
 
 
-def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
+def test_a_run_writes_its_files_and_is_not_repeated(tmp_path, monkeypatch):
     config = small(
         tmp_path / "run", L=0.5, annealing={"kl_weight": {"kind": "linear", "start": 0.0, "end": 1.0, "steps": 8}}
     )
@@ -106,7 +80,7 @@ def test_a_run_leaves_what_it_should_and_is_done_once(tmp_path, monkeypatch):
     (folder / "diverged").symlink_to(tmp_path / "elsewhere")
     (folder / ".metrics.json.abc").write_text("half")
     assert train(other, restart=True)["certified"] == pytest.approx(0.75)
-    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # nothing is left of the other
+    assert len(list((folder / "tensorboard").glob("events*"))) == 1  # the files of the other run are gone
     assert not (folder / "diverged").is_symlink()
     assert not (folder / ".metrics.json.abc").exists()
     assert (folder / "notes.txt").read_text() == (tmp_path / "elsewhere" / "mine").read_text() == "mine"
@@ -120,7 +94,7 @@ def test_restart_refuses_a_folder_that_holds_no_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "model", "thesis.tex"}
 
 
-def test_config_yaml_is_the_last_to_go(tmp_path, monkeypatch):
+def test_a_restart_deletes_config_yaml_last(tmp_path, monkeypatch):
     config = small(tmp_path)
     interrupted(config)
     monkeypatch.setattr("shutil.rmtree", lambda path: pytest.fail("killed"))
@@ -131,7 +105,7 @@ def test_config_yaml_is_the_last_to_go(tmp_path, monkeypatch):
     assert train(config, restart=True)
 
 
-def test_a_failure_while_measuring_leaves_a_model_and_may_be_mended(tmp_path, monkeypatch):
+def test_a_failure_while_measuring_keeps_the_model_and_may_be_repaired(tmp_path, monkeypatch):
     config = small(tmp_path)
 
     def fail(*args, **kwargs):
@@ -192,7 +166,7 @@ def test_measures_that_are_not_finite_are_named(tmp_path, monkeypatch):
 
 
 def test_the_measures_say_what_the_latent_is_worth(tmp_path, monkeypatch):
-    """By functions of their own each, which are tested against closed forms."""
+    """Each is computed by its own function, which is tested against closed forms."""
     dataset, options = load("toy", **SMALL["data_options"]), {"num_importance_samples": 3, "fisher_samples": 3}
     fields = {"data_dim": 2, "latent_dim": 2, "encoder_hidden": (6,)}
     torch.manual_seed(0)
@@ -221,7 +195,7 @@ def test_the_measures_say_what_the_latent_is_worth(tmp_path, monkeypatch):
     assert given["gain"] == pytest.approx(100 + given["elbo"])
 
 
-def test_noise_is_not_the_stream_of_the_weights(tmp_path, monkeypatch):
+def test_training_noise_is_not_the_random_stream_of_the_weights(tmp_path, monkeypatch):
     streams = []
 
     def seen(config, dataset):
@@ -254,8 +228,10 @@ def test_mixtures_are_trained_and_clustered(tmp_path, model):
 
 
 @pytest.mark.parametrize("fields", [{"precision": "bf16"}, {"max_grad_norm": 0.5, "warmup_steps": 3}])
-def test_options_of_the_loop(tmp_path, fields):
-    assert math.isfinite(train(small(tmp_path, **fields))["nll"])
+def test_options_of_the_loop_have_an_effect(tmp_path, fields):
+    plain, changed = train(small(tmp_path / "plain")), train(small(tmp_path / "changed", **fields))
+    assert math.isfinite(changed["nll"])
+    assert changed["train_loss"] != plain["train_loss"]
 
 
 def test_runs_of_several_precisions_share_a_process(tmp_path):
@@ -264,7 +240,7 @@ def test_runs_of_several_precisions_share_a_process(tmp_path):
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
-    # noise that is a function of the datum, so that it does not matter in which part it is
+    # noise as a function of the datum, so that splitting a batch does not change it
     monkeypatch.setattr(
         DiagonalGaussian,
         "sample",
@@ -279,6 +255,9 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, monkeypatch):
         states.append(state_of(VAE.from_pretrained(tmp_path / str(parts) / "model")))
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# sweeps
 
 
 def test_a_sweep_skips_what_is_done(tmp_path, monkeypatch):
@@ -319,7 +298,7 @@ def test_a_sweep_keeps_the_rows_of_earlier_ones(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path, accumulation):
-    options = {**OPTIONS, "likelihood_options": {"variance": "optimal", "scale": 1e-3}}  # which moves in each step
+    options = {**OPTIONS, "likelihood_options": {"variance": "optimal", "scale": 1e-3}}  # it changes in each step
     config = small(
         tmp_path / "run", learning_rate=1.0, loss_limit=30.0, max_grad_norm=0.5, accumulation=accumulation,
         model_options=options,
@@ -341,7 +320,7 @@ def test_a_loss_that_explodes_stops_with_a_state_to_reproduce_it(tmp_path, accum
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path, monkeypatch):
+def test_a_nan_gradient_stops_training_before_it_spoils_the_weights(tmp_path, monkeypatch):
     calls = []
 
     def spoiled(config, dataset):
@@ -364,7 +343,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_spoils_the_weights(tmp_pat
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_data_that_are_no_number_are_refused(tmp_path, monkeypatch):
+def test_data_with_nan_are_refused(tmp_path, monkeypatch):
     dataset = load("toy", **SMALL["data_options"])
     dataset.train[7, 0] = math.nan
     monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: dataset)
@@ -377,170 +356,3 @@ def test_a_step_is_reproduced_in_its_precision(tmp_path):
         train(small(tmp_path, precision="bf16", loss_limit=1.0))
     _, (output,) = reproduce(tmp_path / "diverged" / "process0.pt")
     assert f"the loss is {output.loss.item():g} nats" in str(caught.value)
-
-
-# checkpoints
-
-
-def test_the_position_survives_a_checkpoint():
-    position = Position(torch.arange(6.0).view(3, 2))
-    position.add(torch.tensor([1.0, 2.0, 3.0]))
-    position.add(torch.tensor([1.0, 2.0, 3.0]))
-    other = Position(torch.arange(6.0).view(3, 2))
-    other.load_state_dict(position.state_dict())
-    other.add(torch.tensor([1.0, 2.0, 3.0]))
-    assert (other.step, other.step_in_epoch) == (3, 3)
-    assert other.sums.tolist() == [3, 6, 9]
-    assert position.step == 2
-    assert other.data == position.data
-    state = position.state_dict()
-    with pytest.raises(ValueError, match=r"data: got training data with the checksum .*, wanted those of the check"):
-        Position(torch.zeros(3, 2)).load_state_dict(state)
-    del state["data"]  # as earlier versions had it
-    earlier = Position(torch.zeros(3, 2))
-    earlier.load_state_dict(state)
-    assert earlier.data == Position(torch.zeros(3, 2)).data
-
-
-def test_a_run_whose_constants_were_annealed_goes_on_without_a_warning(tmp_path):
-    schedule = {"L1": {"kind": "linear", "start": 3.0, "end": 0.5, "steps": 10}, "L2": 0.8}
-    config = small(tmp_path, annealing=schedule, checkpoint_every=4)
-    interrupted(config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "the loaded state has")
-        train(config)
-        model = VAE.from_pretrained(tmp_path / "model")
-    assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.4)
-
-
-def test_a_run_does_not_go_on_with_other_data(tmp_path):
-    x = np.random.default_rng(0).normal(size=(330, 4)).astype(np.float32)
-    config = small(tmp_path / "run", data=f"npz:{tmp_path / 'x.npz'}", data_options={}, checkpoint_every=5)
-    np.savez(tmp_path / "x.npz", x_train=x)
-    interrupted(config)
-    np.savez(tmp_path / "x.npz", x_train=x + 1)
-    with pytest.raises(ValueError, match=r"data: got training data with the checksum"):
-        train(config, lambda *_: pytest.fail("trained"))
-    np.savez(tmp_path / "x.npz", x_train=x)
-    assert train(config)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "contents.json"])
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
-def test_a_checkpoint_that_was_damaged_is_named(tmp_path, name, damage):
-    config = small(tmp_path, checkpoint_every=4)
-    checkpoint = interrupted(config)
-    path = checkpoint / name
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(content[:-9] + (b"" if damage == "cut" else b"x" * 9))
-    elif name == "contents.json":
-        assert train(config)  # of an earlier version
-        return
-    with pytest.raises(ValueError, match=rf"output: {path} is not as it was written; remove {checkpoint} to go on"):
-        train(config, lambda *_: pytest.fail("trained"))
-    shutil.rmtree(checkpoint)
-    assert train(config)
-
-
-def test_tensorboard_shows_each_step_once(tmp_path):
-    config = small(tmp_path, checkpoint_every=5, log_every=1)
-    interrupted(config)
-    train(config)
-    shown: list[int] = []
-    for path in sorted((tmp_path / "tensorboard").glob("events*"), key=lambda p: p.stat().st_mtime_ns):
-        for event in EventFileLoader(str(path)).Load():
-            if event.HasField("session_log"):  # from this step on what came before is not shown
-                shown = [step for step in shown if step < event.step]
-            shown += [event.step for value in event.summary.value if value.tag == "train/loss"]
-    assert shown == list(range(1, 13))
-
-
-# Imports once, then runs each configuration that it reads in a process of its own, whose number it prints; and how that
-# ended, when asked by an empty line.
-RUNNER = """
-import os, sys, torch, torch.utils.tensorboard
-from ilvae_fast.training import TrainConfig, train
-torch.set_num_threads(1)
-for line in sys.stdin:
-    if line.strip():
-        child = os.fork()
-        if child == 0:
-            train(TrainConfig.from_yaml(line.strip()))
-            os._exit(0)
-        print(child, flush=True)
-    else:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Runner:
-    def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", RUNNER], env=environment, **pipes)
-
-    def _ask(self, line: str) -> int:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, config: TrainConfig, folder: Path) -> int:
-        path = folder / f"{config.folder.name}.yaml"
-        path.write_text(config.to_yaml())
-        return self._ask(str(path))
-
-    def status(self) -> int:
-        return self._ask("")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(10)
-
-
-def test_a_run_goes_on_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
-    config = small(tmp_path, checkpoint_every=5)
-    sharded = interrupted(config) / "pytorch_model_fsdp_0"
-    sharded.mkdir()
-    with pytest.raises(ValueError, match=r"output: .*step-000000005 is of a run that was sharded, wanted unsharded"):
-        train(config)
-    sharded.rmdir()
-    # of two processes, with 3 steps instead of 6 to an epoch
-    monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
-    train(config)
-    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """Every step writes a checkpoint, so that most kills fall into the writing of one."""
-    fields = {
-        "epochs": 25, "checkpoint_every": 1, "model": "il-lidmvae", "L": 0.5, "warmup_steps": 10,
-        "annealing": {"L1": {"kind": "cosine", "start": 3.0, "end": 0.7, "steps": 100}},
-        "model_options": {**OPTIONS, "likelihood_options": {"variance": "optimal"}},
-    }  # fmt: skip
-    whole, killed = small(tmp_path / "whole", **fields), small(tmp_path / "killed", **fields)
-    runner, checkpoints = Runner(), tmp_path / "killed" / "checkpoints"
-    runner.start(whole, tmp_path)
-    assert runner.status() == 0
-    moments, steps = random.Random(0), []
-    for _ in range(4):
-        before, child = latest(checkpoints), runner.start(killed, tmp_path)
-        deadline = time.monotonic() + 60
-        while latest(checkpoints) == before and time.monotonic() < deadline:
-            time.sleep(0.005)  # until it moves on
-        time.sleep(moments.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        assert runner.status() == -signal.SIGKILL, "the run was over before it was killed: make it longer"
-        steps.append(latest(checkpoints).name)
-    assert steps == sorted(set(steps))  # each went on where the one before it was
-    assert steps[-1] < "step-000000150"
-    runner.start(killed, tmp_path)
-    assert runner.status() == 0
-    runner.close()
-    for name in ("metrics.json", "history.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    models = [VAE.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
-    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))

@@ -105,7 +105,7 @@ def test_bad_fields_are_refused(tmp_path, assignment, message):
 
 
 @pytest.mark.parametrize("name", ["data", "model", "output", "data_options", "model_options", "annealing", "cpu"])
-def test_values_of_another_kind_are_refused(tmp_path, name):
+def test_values_of_the_wrong_type_are_refused(tmp_path, name):
     with pytest.raises(TypeError, match=rf"{name}: got 3, wanted"):
         small(tmp_path).updated([f"{name}=3"])
 

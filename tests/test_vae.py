@@ -1,19 +1,13 @@
-"""The variational autoencoder: objective, measures, precision and files."""
+"""The variational autoencoder: objective, measures, precision and shapes."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import stat
-import sys
-import warnings
 
 import pytest
 import torch
 from torch import distributions
 
-from ilvae_fast import BrenierDecoder, _files
 from ilvae_fast.vae import (
     CONFIGURATIONS,
     LIKELIHOODS,
@@ -125,11 +119,13 @@ def test_importance_weights_are_right_where_the_posterior_is_narrower_than_round
     z = torch.full((4, 3), 5.0)
     entropy = 1.5 * (1 - 32 + math.log(2 * math.pi))
     elbo = model.likelihood.log_prob(x, model.generative(z)) + model.prior.log_prob(z) + entropy
-    torch.testing.assert_close(log_weights.mean(0), elbo.detach(), rtol=0, atol=0.15)  # half a chi^2 of three, averaged
+    torch.testing.assert_close(
+        log_weights.mean(0), elbo.detach(), rtol=0, atol=0.15
+    )  # the noise of an averaged half chi^2 of three
 
 
 def test_the_log_likelihood_does_not_depend_on_how_samples_are_cut(monkeypatch):
-    model, x = small_model("vae", latent_dim=4), batch(4)  # 16 values a draw: torch's generator goes by sixteens
+    model, x = small_model("vae", latent_dim=4), batch(4)  # 16 values a draw: PyTorch's generator draws 16 at a time
     whole = model.log_likelihood(x, 20000, torch.Generator().manual_seed(4))
     monkeypatch.setattr("ilvae_fast.vae.model._ROWS", 1000)
     pieces = model.log_likelihood(x, 20000, torch.Generator().manual_seed(4))
@@ -216,7 +212,7 @@ def test_the_loss_of_a_mixture_sums_over_its_components(name):
     assignment = model.prior.assignment_kl(output.posterior)
     torch.testing.assert_close(output.kl, output.kl_per_dimension.sum(-1) + assignment)
     torch.testing.assert_close(output.loss, (output.reconstruction + 0.5 * output.kl).mean())
-    # and is a bound of the likelihood that importance weights of the marginal q(z|x) tighten
+    # and it bounds the likelihood, as importance weights of the marginal q(z|x) estimate it more tightly
     model.kl_weight.fill_(1)
     many = torch.stack([model(x).loss.detach() for _ in range(50)]).mean()
     assert many > -model.log_likelihood(x, 2000).mean() - 0.01
@@ -283,113 +279,6 @@ def test_autocast_widens_the_posterior_of_a_users_own_encoder_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(batch(4).float())
     assert output.posterior.mean.dtype == output.loss.dtype == torch.float32
-
-
-# files
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_model_comes_back(tmp_path, name):
-    options = {} if name in SEQUENCES else {"likelihood_options": {"scale": 0.5, "variance": "optimal"}}
-    model, x = small_model(name, **options), data_for(name, 4)
-    model(x)
-    model.save_pretrained(tmp_path)
-    loaded = VAE.from_pretrained(tmp_path)
-    assert loaded.config == model.config
-    torch.testing.assert_close(
-        loaded.eval()(x, torch.Generator().manual_seed(0)).loss, model.eval()(x, torch.Generator().manual_seed(0)).loss
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("embedding", ["identity", "orthogonal", "full_rank"])
-def test_a_saved_model_comes_back_the_same(tmp_path, dtype, embedding):
-    model = small_model(embedding=embedding, inverse_lipschitz=0.1).to(dtype)
-    model.decoder.data_map.inverse_lipschitz = 0.7  # moved since it was configured
-    model.kl_weight.fill_(0.25)
-    model.save_pretrained(tmp_path / "deep" / "folder")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that L was moved is no surprise
-        loaded = VAE.from_pretrained(tmp_path / "deep" / "folder")
-    assert loaded.config == model.config
-    state, other = model.state_dict(), loaded.state_dict()
-    assert state.keys() == other.keys()
-    for name, tensor in state.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(tensor, other[name]), name
-    assert sorted(p.name for p in (tmp_path / "deep" / "folder").iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("name", ["il-lidvae", "il-lidmvae", "il-lidsvae"])
-@pytest.mark.parametrize(("wanted", "pair"), [((0.5, 0.25), (0.5, 0.25)), (2.0, (2.0, 2.0)), (0.0, (0.0, 0.0))])
-def test_an_explicit_constant_wins_over_the_saved_one(tmp_path, name, wanted, pair):
-    model = small_model(name, inverse_lipschitz=0.1)
-    model.save_pretrained(tmp_path)
-    loaded = VAE.from_pretrained(tmp_path, inverse_lipschitz=wanted)
-    assert loaded.config.inverse_lipschitz == pair
-    decoder = next(module for module in loaded.modules() if isinstance(module, BrenierDecoder))
-    assert tuple(float(constant) for constant in decoder.inverse_lipschitz) == pair
-    other = {k for k, v in model.state_dict().items() if not torch.equal(v, loaded.state_dict()[k])}
-    assert {k.rpartition(".")[2] for k in other} == {"inverse_lipschitz"}
-    loaded.save_pretrained(tmp_path)
-    assert VAE.from_pretrained(tmp_path).config.inverse_lipschitz == pair
-
-
-def test_an_explicit_constant_that_nothing_takes_is_refused(tmp_path):
-    small_model("vae").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"inverse_lipschitz: got 0\.5, wanted None for decoder='mlp'"):
-        VAE.from_pretrained(tmp_path, inverse_lipschitz=0.5)
-    small_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="inverse_lipschitz: got 3 values"):
-        VAE.from_pretrained(tmp_path, inverse_lipschitz=(1.0, 2.0, 3.0))
-
-
-def test_what_is_missing_or_unknown_in_a_saved_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
-        VAE.from_pretrained(tmp_path)
-    small_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "encoder_hiden": [3]}))
-    with pytest.raises(ValueError, match=r"field: got 'encoder_hiden'.*nearest: 'encoder_hidden'"):
-        VAE.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "latent_dim": 2}))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        VAE.from_pretrained(tmp_path)
-
-
-def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"safetensors is needed.*pip install ilvae_fast\[train\]"):
-        small_model().save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_configuration_that_json_cannot_hold_leaves_no_file(tmp_path):
-    model = small_model(decoder_options={"route": "auto"})
-    model.config.decoder_options["route"] = object()
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        model.save_pretrained(tmp_path / "run")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    _files.write_atomically(path, "old")
-
-    def die(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", die)
-    with pytest.raises(KeyboardInterrupt):
-        _files.write_atomically(path, b"new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
-    (tmp_path / "plain").write_text("")
-    _files.write_atomically(tmp_path / "ours", "")
-    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0)])

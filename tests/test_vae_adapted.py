@@ -1,4 +1,4 @@
-"""Models from elsewhere: the metrics of an adapted model are those of the same model of our own."""
+"""Adapted models: their metrics are those of the same model built by this library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ilvae_fast import metrics
 from ilvae_fast.vae import Categorical, Gaussian, GaussianMixturePosterior, StandardNormal
-from vae_cases import STATIC, TOKENS, batch, data_for, small_model, tokens
+from vae_cases import STATIC, TOKENS, batch, data_for, seeded, small_model, tokens
 
 METRICS = {
     "nll": lambda model, x: metrics.negative_log_likelihood(model, x, 5, generator=seeded()),
@@ -28,10 +28,6 @@ METRICS = {
         metrics.decoder_given(model.decoder, x[0]), torch.randn(6, 3, dtype=torch.float64, generator=seeded())
     ),
 }
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def assert_measured_alike(adapted, model, x, x_of_model):
@@ -54,7 +50,7 @@ def test_all_metrics_of_adapted_parts_are_those_of_the_model(name):
 
 
 class Images(nn.Module):
-    """A convolutional encoder or decoder that takes batches (N, ..) alone, as many do."""
+    """A convolutional encoder and decoder that, like many, take batches (N, ...) only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +68,7 @@ class Images(nn.Module):
 
 
 def flat_model(images: Images):
-    """The same on flat data, as a model of our own kind."""
+    """The same on flat data, as a model of this library."""
     model = small_model("vae", data_dim=40, likelihood_options={"scale": 0.5})
     model.encoder = nn.Sequential(nn.Unflatten(1, (2, 4, 5)), Called(images.encode))
     model.decoder = Called(lambda z: images.decode(z.reshape(-1, 3)).reshape(*z.shape[:-1], 40))

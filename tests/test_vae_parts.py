@@ -128,7 +128,7 @@ def test_an_optimal_variance_follows_the_mean_squared_error(weighted):
     torch.testing.assert_close(likelihood.scale.square().squeeze(0), expected)  # at once the first time
     likelihood.adapt(x, x if weights is None else x.expand(2, 50, 7), weights)
     torch.testing.assert_close(likelihood.scale.square().squeeze(0), 0.95 * expected)
-    # and there the likelihood is largest
+    # which maximises the likelihood
     likelihood.log_scale.copy_(0.5 * expected.log()).requires_grad_()
     log_prob = likelihood.log_prob(x, f) if weights is None else (weights * likelihood.log_prob(x, f)).sum(0)
     (slope,) = torch.autograd.grad(log_prob.mean(), likelihood.log_scale)
@@ -155,7 +155,7 @@ def test_an_optimal_variance_of_no_error_stays_above_zero(dtype):
     assert float(likelihood.scale) == pytest.approx(math.sqrt(0.05) * 0.1, rel=1e-4)
 
 
-def test_variances_move_only_as_they_are_told():
+def test_only_trained_and_optimal_variances_change():
     x = batch(64)
     for variance, moves in (("fixed", False), ("trained", True), ("optimal", True)):
         model = small_model(likelihood_options={"scale": 2.0, "variance": variance})
@@ -204,7 +204,7 @@ def test_a_negative_binomial_of_large_r_is_poissons_in_float32_too():
     assert (NegativeBinomial(1.0).log_prob(x, f) - poisson).abs().min() > 0.1
 
 
-def test_dispersions_are_trained_one_for_each_coordinate_if_told_to():
+def test_dispersions_may_be_trained_one_for_each_coordinate():
     x, f = counts(4), batch(4)
     for trained, width in ((True, 7), (True, 1), (False, 7)):
         likelihood = NegativeBinomial(2.0, trained, width).double()
@@ -238,7 +238,7 @@ def test_bad_options_of_the_negative_binomial_are_named():
         NegativeBinomial(data_dim=5).check(counts(4))
 
 
-# what a likelihood knows about f without a model
+# marginals, Fisher information, and likelihoods that ignore the latent
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -250,7 +250,7 @@ def test_the_marginal_is_the_likeliest_output_for_all_data(name):
     f = f.double().requires_grad_()
     mean = likelihood.log_prob(x, f).mean()
     (slope,) = torch.autograd.grad(mean, f)
-    assert slope.abs().max() < 2 / 400  # all that the smoothing leaves
+    assert slope.abs().max() < 2 / 400  # the effect of smoothing
     for _ in range(20):
         step = 0.3 * torch.randn(f.shape, dtype=torch.float64)
         assert likelihood.log_prob(x, f.detach() + step).mean() < mean.item() + 1e-3
@@ -260,7 +260,7 @@ def test_the_marginal_is_the_likeliest_output_for_all_data(name):
             likelihood.marginal(bad)
 
 
-def test_what_never_occurs_keeps_a_probability():
+def test_unseen_values_keep_some_probability():
     zeros = torch.zeros(9, 1, dtype=torch.float64)
     assert Bernoulli().mean(Bernoulli().marginal(zeros)).item() == pytest.approx(0.05)
     assert ContinuousBernoulli().mean(ContinuousBernoulli().marginal(zeros)).item() == pytest.approx(0.05)
@@ -290,7 +290,7 @@ def test_fisher_is_the_mean_square_of_the_score(name):
 
 def test_fisher_against_sums_and_derivatives():
     f = torch.cat([torch.linspace(-30, 30, 400, dtype=torch.float64), torch.tensor([0.0, 1e-6, 0.0999999, 0.1000001])])
-    # a variance of x is the slope of its mean
+    # the variance of x is the slope of its mean
     at = f.clone().requires_grad_()
     for likelihood in (Bernoulli(), ContinuousBernoulli()):
         (slope,) = torch.autograd.grad(likelihood.mean(at).sum(), at)
@@ -347,7 +347,7 @@ def test_a_negative_binomial_that_ignores_the_latent_fits_its_dispersion(width, 
     wide = NegativeBinomial(1.0, data_dim=7).double()
     wide.log_dispersion.data.copy_(true.log())
     x = wide.sample(f, torch.Generator().manual_seed(0)).detach()
-    assert (x.max() < len(x)) == few  # both ways to sum
+    assert (x.max() < len(x)) == few  # selects one of two ways to sum
     likelihood = NegativeBinomial(1.0, data_dim=width).double()
     best, at = likelihood.ignoring(x)
     assert likelihood.dispersion.tolist() == [1.0] * width
@@ -387,9 +387,9 @@ def test_the_density_of_a_sample_is_that_of_its_noise(log_variance, dtype):
     noise = torch.randn(1000, 3, 2, dtype=dtype, generator=torch.Generator().manual_seed(0))
     expected = distributions.Normal(0.0, 1.0).log_prob(noise.double()).sum(-1) - log_variance
     torch.testing.assert_close(log_q.double(), expected, rtol=1e-6, atol=1e-6)
-    assert q.log_prob(z).isfinite().all()  # of a rounded z, but a number
+    assert q.log_prob(z).isfinite().all()  # z is rounded
     assert q.log_prob(q.mean)[0].item() == pytest.approx(-log_variance - math.log(2 * math.pi), rel=1e-6)
-    # the same for a mixture of two such, and a third so far away that it does not count
+    # the same for a mixture of two such components and a negligible third
     shifts = torch.tensor([0.0, 0.0, 100.0], dtype=dtype).view(3, 1)
     means, log_variances = q.mean.unsqueeze(-2) + shifts, q.log_variance.unsqueeze(-2).expand(3, 3, 2)
     mixture = GaussianMixturePosterior(means.new_tensor([0.0, 1.0, -100.0]).expand(3, 3), means, log_variances)

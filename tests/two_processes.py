@@ -23,7 +23,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def same_noise() -> None:
-    """Noise that is a function of the datum, so that it does not matter which process sees it."""
+    """Noise as a function of the datum, the same in whichever process it is drawn."""
 
     def draw(self, num_samples, generator):
         count = 1 if num_samples is None else num_samples
@@ -110,7 +110,7 @@ def gradients(folder: Path) -> None:
 
 
 def measures(folder: Path) -> None:
-    """Measures of spread data are those of all."""
+    """Measures reduced over processes are those of all data."""
     same_noise()
     digits, vae = data.load("digits"), model()
 
@@ -165,8 +165,8 @@ def killed(folder: Path) -> None:
 
 
 def sharded(folder: Path) -> None:
-    """With FSDP2: a run that was killed goes on, one is not killed, one has the noise of a single process, one
-    diverges."""
+    """With FSDP2: a killed run resumes, another one is not interrupted, one diverges, one has the noise of a single
+    process."""
     models: list[VAE] = []
 
     def kept(*arguments) -> VAE:
@@ -191,7 +191,7 @@ def sharded(folder: Path) -> None:
 
 
 def diverging(folder: Path) -> TrainConfig:
-    """One of the data is far out, so that one process has a loss above the limit and both have its gradients."""
+    """With an outlier among the data: one process has a loss above the limit, both have its gradients."""
     return replace(config(folder), data=f"npz:{folder / 'outlier.npz'}", loss_limit=300.0, output=str(folder / "out"))
 
 

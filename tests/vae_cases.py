@@ -31,13 +31,17 @@ def small_model(name: str = "il-lidvae", **fields) -> VAE:
     return VAE(small(name, **fields)).double()
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def batch(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.rand(*shape, 7, dtype=torch.float64, generator=seeded(1))
 
 
 def tokens(*shape: int) -> torch.Tensor:
     """Sequences of 4 to 7 tokens."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     x = torch.randint(TOKENS, (*shape, 7), generator=generator)
     lengths = torch.randint(4, 8, (*shape, 1), generator=generator)
     return torch.where(torch.arange(7) < lengths, x, -1)

@@ -127,7 +127,9 @@ def _as_numpy(value: Any) -> Any:
 
 class Program:
     """The entries of ``programs/NAME.cpp`` as methods, compiled for one mode; ``defines`` become ``-DNAME=value``.
-    Headers in ``include`` come before those of ``csrc``.
+
+    Two ways to plant a fault: headers in ``include`` come before those of ``csrc``, and kernels pass by the block
+    barrier at ``without_barrier``, the name of a file and a line (not in the mode "memory").
 
     A method takes ints (int64_t), floats (double), None (a null pointer) and contiguous arrays or tensors (pointers),
     and returns what the entry returns as an int64_t. It raises :class:`ExecutorError` with all findings.
@@ -139,11 +141,13 @@ class Program:
         mode: str = "plain",
         defines: Mapping[str, object] | None = None,
         include: str | Path | None = None,
+        without_barrier: tuple[str, int] | None = None,
     ):
         self.source = Path(name) if os.path.isabs(name) else HERE / "programs" / f"{name}.cpp"
         self.mode = mode
         self.defines = [f"-D{key}={value}" for key, value in sorted((defines or {}).items())]
         self.include = [f"-I{include}"] if include else []
+        self.without_barrier = without_barrier
         self._library: ctypes.CDLL | None = None
 
     def build(self) -> Path:
@@ -179,6 +183,8 @@ class Program:
             return self._call_in_process_of_its_own(entry, arguments)
         if self._library is None:
             self._library = ctypes.CDLL(str(self.build()))
+        file, line = self.without_barrier or ("", 0)
+        self._library.executor_remove_barrier(file.encode(), ctypes.c_int64(line))  # programs share their libraries
         result, findings = call(self._library, entry, arguments)
         if findings:
             raise ExecutorError(symbolised(findings, Path(self._library._name)))

@@ -1,0 +1,190 @@
+"""Checkpoints: resuming after an interruption or SIGKILL, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from ilvae_fast.training import TrainConfig, train
+from ilvae_fast.training.state import Batches, Position, latest
+from ilvae_fast.vae import VAE
+from training_cases import OPTIONS, interrupted, small
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_position_survives_a_checkpoint():
+    position = Position(torch.arange(6.0).view(3, 2))
+    position.add(torch.tensor([1.0, 2.0, 3.0]))
+    position.add(torch.tensor([1.0, 2.0, 3.0]))
+    other = Position(torch.arange(6.0).view(3, 2))
+    other.load_state_dict(position.state_dict())
+    other.add(torch.tensor([1.0, 2.0, 3.0]))
+    assert (other.step, other.step_in_epoch) == (3, 3)
+    assert other.sums.tolist() == [3, 6, 9]
+    assert position.step == 2
+    assert other.data == position.data
+    state = position.state_dict()
+    with pytest.raises(ValueError, match=r"data: got training data with the checksum .*, wanted those of the check"):
+        Position(torch.zeros(3, 2)).load_state_dict(state)
+    del state["data"]  # as earlier versions had it
+    earlier = Position(torch.zeros(3, 2))
+    earlier.load_state_dict(state)
+    assert earlier.data == Position(torch.zeros(3, 2)).data
+
+
+def test_a_run_with_annealed_constants_resumes_without_a_warning(tmp_path):
+    schedule = {"L1": {"kind": "linear", "start": 3.0, "end": 0.5, "steps": 10}, "L2": 0.8}
+    config = small(tmp_path, annealing=schedule, checkpoint_every=4)
+    interrupted(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the loaded state has")
+        train(config)
+        model = VAE.from_pretrained(tmp_path / "model")
+    assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.4)
+
+
+def test_a_run_does_not_resume_with_other_data(tmp_path):
+    x = np.random.default_rng(0).normal(size=(330, 4)).astype(np.float32)
+    config = small(tmp_path / "run", data=f"npz:{tmp_path / 'x.npz'}", data_options={}, checkpoint_every=5)
+    np.savez(tmp_path / "x.npz", x_train=x)
+    interrupted(config)
+    np.savez(tmp_path / "x.npz", x_train=x + 1)
+    with pytest.raises(ValueError, match=r"data: got training data with the checksum"):
+        train(config, lambda *_: pytest.fail("trained"))
+    np.savez(tmp_path / "x.npz", x_train=x)
+    assert train(config)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "contents.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
+    config = small(tmp_path, checkpoint_every=4)
+    checkpoint = interrupted(config)
+    path = checkpoint / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-9] + (b"" if damage == "cut" else b"x" * 9))
+    elif name == "contents.json":
+        assert train(config)  # of an earlier version
+        return
+    with pytest.raises(ValueError, match=rf"output: {path} is not as it was written; remove {checkpoint} to go on"):
+        train(config, lambda *_: pytest.fail("trained"))
+    shutil.rmtree(checkpoint)
+    assert train(config)
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    config = small(tmp_path, checkpoint_every=5, log_every=1)
+    interrupted(config)
+    train(config)
+    shown: list[int] = []
+    for path in sorted((tmp_path / "tensorboard").glob("events*"), key=lambda p: p.stat().st_mtime_ns):
+        for event in EventFileLoader(str(path)).Load():
+            if event.HasField("session_log"):  # a restart hides earlier events from this step on
+                shown = [step for step in shown if step < event.step]
+            shown += [event.step for value in event.summary.value if value.tag == "train/loss"]
+    assert shown == list(range(1, 13))
+
+
+# Imports once, then forks for each configuration that it reads and prints the number of the child; for an empty line it
+# prints how the child ended.
+RUNNER = """
+import os, sys, torch, torch.utils.tensorboard
+from ilvae_fast.training import TrainConfig, train
+torch.set_num_threads(1)
+for line in sys.stdin:
+    if line.strip():
+        child = os.fork()
+        if child == 0:
+            train(TrainConfig.from_yaml(line.strip()))
+            os._exit(0)
+        print(child, flush=True)
+    else:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Runner:
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", RUNNER], env=environment, **pipes)
+
+    def _ask(self, line: str) -> int:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, config: TrainConfig, folder: Path) -> int:
+        path = folder / f"{config.folder.name}.yaml"
+        path.write_text(config.to_yaml())
+        return self._ask(str(path))
+
+    def status(self) -> int:
+        return self._ask("")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+def test_a_run_resumes_with_more_processes_but_not_unsharded(tmp_path, monkeypatch):
+    config = small(tmp_path, checkpoint_every=5)
+    sharded = interrupted(config) / "pytorch_model_fsdp_0"
+    sharded.mkdir()
+    with pytest.raises(ValueError, match=r"output: .*step-000000005 is of a run that was sharded, wanted unsharded"):
+        train(config)
+    sharded.rmdir()
+    # of two processes, with 3 steps instead of 6 to an epoch
+    monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
+    train(config)
+    assert len(json.loads((tmp_path / "history.json").read_text())) == 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
+    """Every step writes a checkpoint, so that most kills fall into the writing of one."""
+    fields = {
+        "epochs": 25, "checkpoint_every": 1, "model": "il-lidmvae", "L": 0.5, "warmup_steps": 10,
+        "annealing": {"L1": {"kind": "cosine", "start": 3.0, "end": 0.7, "steps": 100}},
+        "model_options": {**OPTIONS, "likelihood_options": {"variance": "optimal"}},
+    }  # fmt: skip
+    whole, killed = small(tmp_path / "whole", **fields), small(tmp_path / "killed", **fields)
+    runner, checkpoints = Runner(), tmp_path / "killed" / "checkpoints"
+    runner.start(whole, tmp_path)
+    assert runner.status() == 0
+    moments, steps = random.Random(0), []
+    for _ in range(4):
+        before, child = latest(checkpoints), runner.start(killed, tmp_path)
+        deadline = time.monotonic() + 60
+        while latest(checkpoints) == before and time.monotonic() < deadline:
+            time.sleep(0.005)  # until it moves on
+        time.sleep(moments.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert runner.status() == -signal.SIGKILL, "the run was over before it was killed: make it longer"
+        steps.append(latest(checkpoints).name)
+    assert steps == sorted(set(steps))  # each resumed where the one before it was
+    assert steps[-1] < "step-000000150"
+    runner.start(killed, tmp_path)
+    assert runner.status() == 0
+    runner.close()
+    for name in ("metrics.json", "history.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    models = [VAE.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "killed")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))

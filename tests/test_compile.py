@@ -1,0 +1,68 @@
+"""torch.compile: compiled layers and decoders compute what they compute without it."""
+
+import pytest
+import torch
+
+import ilvae_fast as il
+
+
+@pytest.mark.parametrize("embedding", ["identity", "orthogonal", "full_rank"])
+def test_compiled_decoder_forward_and_backward(embedding):
+    decoder = il.BrenierDecoder(3, 6, ((8,), (9, 8)), embedding=embedding, dtype=torch.float64)
+    compiled = torch.compile(decoder, fullgraph=True)
+    z = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
+    variables = [z, *decoder.parameters()]
+    for rows in (16, 7):
+        results = []
+        for module in (compiled, decoder):
+            value = module(z[:rows])
+            results.append([value, *torch.autograd.grad(value.square().sum(), variables)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_methods():
+    layer = il.BrenierMap(5, (8, 7), dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    for name, arguments in {"potential": (x,), "potential_and_map": (x,), "jvp": (x, x), "jacobian": (x,)}.items():
+        method = getattr(layer, name)
+        torch.testing.assert_close(torch.compile(method, fullgraph=True)(*arguments), method(*arguments))
+
+
+def test_compiled_under_autocast():
+    layer = il.BrenierMap(5, (8, 7))
+    x = torch.randn(4, 5)
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = compiled(x), layer(x)
+    assert a.dtype == torch.bfloat16
+    torch.testing.assert_close(a, b)
+
+
+def test_a_schedule_of_constants_compiles_once():
+    layer = il.BrenierMap(5, (8, 7))
+    count = 0
+
+    def backend(graph, _):
+        nonlocal count
+        count += 1
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.randn(4, 5)
+    results = []
+    for constant in (0.1, 0.2, 0.5, 1.0, 2.0):
+        layer.inverse_lipschitz = constant
+        results.append(compiled(x))
+        torch.testing.assert_close(results[-1], layer(x))
+    assert count == 1
+    torch.testing.assert_close(results[-1] - results[0], 1.9 * x)
+
+
+def test_double_backward_of_a_compiled_region_is_refused():
+    layer = il.BrenierMap(3, (4,))
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 3, requires_grad=True)
+    loss = compiled(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].sum(), x)

@@ -1,0 +1,123 @@
+"""Saving and loading models."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import warnings
+
+import pytest
+import torch
+
+from ilvae_fast import BrenierDecoder, _files
+from ilvae_fast.vae import (
+    CONFIGURATIONS,
+    VAE,
+)
+from vae_cases import SEQUENCES, data_for, small_model
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_model_is_saved_and_loaded(tmp_path, name):
+    options = {} if name in SEQUENCES else {"likelihood_options": {"scale": 0.5, "variance": "optimal"}}
+    model, x = small_model(name, **options), data_for(name, 4)
+    model(x)
+    model.save_pretrained(tmp_path)
+    loaded = VAE.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    torch.testing.assert_close(
+        loaded.eval()(x, torch.Generator().manual_seed(0)).loss, model.eval()(x, torch.Generator().manual_seed(0)).loss
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("embedding", ["identity", "orthogonal", "full_rank"])
+def test_loading_restores_every_tensor(tmp_path, dtype, embedding):
+    model = small_model(embedding=embedding, inverse_lipschitz=0.1).to(dtype)
+    model.decoder.data_map.inverse_lipschitz = 0.7  # moved since it was configured
+    model.kl_weight.fill_(0.25)
+    model.save_pretrained(tmp_path / "deep" / "folder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # loading a changed L does not warn
+        loaded = VAE.from_pretrained(tmp_path / "deep" / "folder")
+    assert loaded.config == model.config
+    state, other = model.state_dict(), loaded.state_dict()
+    assert state.keys() == other.keys()
+    for name, tensor in state.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+    assert sorted(p.name for p in (tmp_path / "deep" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["il-lidvae", "il-lidmvae", "il-lidsvae"])
+@pytest.mark.parametrize(("wanted", "pair"), [((0.5, 0.25), (0.5, 0.25)), (2.0, (2.0, 2.0)), (0.0, (0.0, 0.0))])
+def test_an_explicit_constant_wins_over_the_saved_one(tmp_path, name, wanted, pair):
+    model = small_model(name, inverse_lipschitz=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = VAE.from_pretrained(tmp_path, inverse_lipschitz=wanted)
+    assert loaded.config.inverse_lipschitz == pair
+    decoder = next(module for module in loaded.modules() if isinstance(module, BrenierDecoder))
+    assert tuple(float(constant) for constant in decoder.inverse_lipschitz) == pair
+    other = {k for k, v in model.state_dict().items() if not torch.equal(v, loaded.state_dict()[k])}
+    assert {k.rpartition(".")[2] for k in other} == {"inverse_lipschitz"}
+    loaded.save_pretrained(tmp_path)
+    assert VAE.from_pretrained(tmp_path).config.inverse_lipschitz == pair
+
+
+def test_an_explicit_constant_that_no_part_uses_is_refused(tmp_path):
+    small_model("vae").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"inverse_lipschitz: got 0\.5, wanted None for decoder='mlp'"):
+        VAE.from_pretrained(tmp_path, inverse_lipschitz=0.5)
+    small_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="inverse_lipschitz: got 3 values"):
+        VAE.from_pretrained(tmp_path, inverse_lipschitz=(1.0, 2.0, 3.0))
+
+
+def test_what_is_missing_or_unknown_in_a_saved_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in"):
+        VAE.from_pretrained(tmp_path)
+    small_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "encoder_hiden": [3]}))
+    with pytest.raises(ValueError, match=r"field: got 'encoder_hiden'.*nearest: 'encoder_hidden'"):
+        VAE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "latent_dim": 2}))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        VAE.from_pretrained(tmp_path)
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"safetensors is needed.*pip install ilvae_fast\[train\]"):
+        small_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_json_cannot_hold_leaves_no_file(tmp_path):
+    model = small_model(decoder_options={"route": "auto"})
+    model.config.decoder_options["route"] = object()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    _files.write_atomically(path, "old")
+
+    def die(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        _files.write_atomically(path, b"new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "plain").write_text("")
+    _files.write_atomically(tmp_path / "ours", "")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
