@@ -226,7 +226,7 @@ def test_a_likelihood_of_the_recipe_trains_a_model_by_its_name(laplace, tmp_path
     assert float(model.decoder.inverse_lipschitz_bound()) == pytest.approx(0.25, rel=1e-5)
     model.save_pretrained(tmp_path)
     assert isinstance(VAE.from_pretrained(tmp_path).likelihood, laplace)
-    with pytest.raises(ValueError, match="'laplase'.*'laplace'"):
+    with pytest.raises(ValueError, match=r"'laplase'.*'laplace'"):
         VAEConfig(data_dim=6, latent_dim=2, likelihood="laplase")
 
 
