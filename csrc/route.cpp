@@ -8,12 +8,11 @@ namespace ilvae {
 
 namespace {
 
-constexpr auto no_kernels =
-    ", but this build of ilvae_fast has no kernels for it. Move tensors and modules to the CPU, or run the plain "
-    "autograd version on the device: with ilvae_fast.use_backend(\"reference\"): ...";
+constexpr auto device_types = static_cast<size_t>(c10::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES);
 
-std::array<std::optional<Device>, static_cast<size_t>(c10::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)>& devices() {
-  static std::array<std::optional<Device>, static_cast<size_t>(c10::DeviceType::COMPILE_TIME_MAX_DEVICE_TYPES)> all;
+// Inside a function, because devices register before main().
+std::array<std::optional<Device>, device_types>& devices() {
+  static std::array<std::optional<Device>, device_types> all;
   return all;
 }
 
@@ -28,7 +27,7 @@ const Device* find_device(c10::DeviceType type) {
 
 const Device& registered_device(const at::Tensor& x) {
   const auto* const device = find_device(x.device().type());
-  TORCH_CHECK_NOT_IMPLEMENTED(device, "x: got a tensor on ", x.device(), no_kernels);
+  TORCH_INTERNAL_ASSERT(device, "no kernels for ", x.device());
   return *device;
 }
 

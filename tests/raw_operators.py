@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from cases import Tensors
-from ilvae_fast.activations import encode
+from ilvae_fast.operators.activations import encode
 
 AUTO, MATMUL, FUSED = range(3)  # csrc/core/plan.h
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # of opcheck

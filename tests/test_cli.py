@@ -71,7 +71,7 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     assert heading[:4] == ["run", "NLL", "gain", "KL"]
     assert row[:5] == ["one", "not", "finite", "not", "finite"]
     assert json.loads((folder / "eval.json").read_text())["not_finite"] == ["elbo", "gain", "nll"]
-    cli._show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
+    cli.display.show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
     heading, _, absent, _ = map(str.split, capsys.readouterr().out.splitlines())
     assert (heading, absent) == (["run", "NLL"], ["a"])
 

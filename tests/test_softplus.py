@@ -9,7 +9,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
 import ilvae_fast as il
-from ilvae_fast import ops
+from ilvae_fast.operators import softplus as ops
 from raw_operators import softplus, softplus_backward
 
 DTYPES = [torch.float32, torch.float64]

@@ -11,7 +11,8 @@ import warnings
 import pytest
 import torch
 
-from ilvae_fast import BrenierDecoder, _files
+from ilvae_fast import BrenierDecoder
+from ilvae_fast._support import files as _files
 from ilvae_fast.vae import (
     CONFIGURATIONS,
     VAE,

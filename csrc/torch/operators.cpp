@@ -140,18 +140,20 @@ std::tuple<Tensor, Tensor> run_map_jvp(const Operands& o, const Tensor& tangent)
   return {map.view(sizes), map_tangent.view(sizes)};
 }
 
-// Errors of a device's kernels name operator and shape.
+// On CUDA devices, of which a build may know nothing. Errors of their kernels name operator and shape.
 template <class Op, auto function, class Signature = std::remove_pointer_t<decltype(function)>>
-struct OnDevice;
+struct OnCuda;
 template <class Op, auto function, class Result, class... Rest>
-struct OnDevice<Op, function, Result(const Operands&, Rest...)> {
+struct OnCuda<Op, function, Result(const Operands&, Rest...)> {
   static Result call(const Operands& o, Rest... rest) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        find_device(c10::DeviceType::CUDA), Op::name,
+        ": x: got a CUDA tensor, but this build of ilvae_fast has no CUDA kernels. Move tensors and modules to the CPU, "
+        "or run the plain autograd version on the GPU: with ilvae_fast.use_backend(\"reference\"): ...");
     const c10::DeviceGuard guard(o.x.device());
     try {
       return function(o, rest...);
     } catch (c10::ValueError&) {
-      throw;
-    } catch (c10::NotImplementedError&) {
       throw;
     } catch (c10::Error& error) {
       std::ostringstream where;
@@ -306,9 +308,9 @@ TORCH_LIBRARY_IMPL(ilvae_fast, CPU, m) {
 
 // also in a build without CUDA kernels, which says so
 TORCH_LIBRARY_IMPL(ilvae_fast, CUDA, m) {
-  implement<PotentialAndMap, OnDevice<PotentialAndMap, run_potential_and_map>::call>(m);
-  implement<TrainingTerms, OnDevice<TrainingTerms, run_training_terms>::call>(m);
-  implement<MapJvp, OnDevice<MapJvp, run_map_jvp>::call>(m);
+  implement<PotentialAndMap, OnCuda<PotentialAndMap, run_potential_and_map>::call>(m);
+  implement<TrainingTerms, OnCuda<TrainingTerms, run_training_terms>::call>(m);
+  implement<MapJvp, OnCuda<MapJvp, run_map_jvp>::call>(m);
 }
 
 TORCH_LIBRARY_IMPL(ilvae_fast, Meta, m) {
