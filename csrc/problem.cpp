@@ -69,9 +69,8 @@ void Operands::check() const {
   if (embedding) {
     const auto& b = *embedding;
     check_like_x("embedding", b, x);
-    TORCH_CHECK_VALUE(b.dim() == 2 && b.sym_size(0) == width && b.sym_size(1) == input,
-                      "embedding: got shape ", shape(b), ", wanted (", width, ", ", input,
-                      "), the widths of skip_weight and x");
+    TORCH_CHECK_VALUE(b.dim() == 2 && b.sym_size(0) == width && b.sym_size(1) == input, "embedding: got shape ",
+                      shape(b), ", wanted (", width, ", ", input, "), the widths of skip_weight and x");
   } else {
     TORCH_CHECK_VALUE(input <= width, "x: got shape ", shape(x), ", wanted at most ", width,
                       " columns, the width of skip_weight");

@@ -29,7 +29,8 @@ struct Cotangents {
   at::TensorList saved;
 };
 
-// One route on one device. Gradients come in the order of `Gradient`, undefined where not wanted, in any floating dtype.
+// One route on one device. Gradients come in the order of `Gradient`, undefined where not wanted, in any floating
+// dtype.
 struct Implementation {
   Values (*potential_and_map)(const Operands&, const MapWanted&);
   std::vector<at::Tensor> (*training_terms)(const Operands&, const Cotangents&, const Gradients& wanted);
@@ -68,7 +69,7 @@ struct Device {
   // The same for a device with so much shared memory a block, which need not be here.
   Fit (*fit_within)(int64_t shared_bytes, const std::vector<int64_t>& widths, int64_t width, bool dense,
                     int64_t operand_bytes, bool tf32);
-  bool fused_saves;     // whether the fused route saves anything for its training terms
+  bool fused_saves;      // whether the fused route saves anything for its training terms
   bool stores_operands;  // products leave pre-activations and adjoints in the type of operands, not in the real type
   // What it was built with, for build_info(): names and values.
   std::vector<std::pair<std::string, std::string>> (*build)();

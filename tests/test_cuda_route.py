@@ -4,12 +4,8 @@ executor: views, chunks, types, and what is not wanted. Allocation and streams a
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from cuda_cases import SOFT, Problem, check
-from executor import BUILD, COMPILER, FLAGS, HERE, KERNEL_FLAGS, ROOT, RUNTIME, Program, _built
+from executor import COMPILER, FLAGS, HERE, KERNEL_FLAGS, RUNTIME, Program, _built
 from ilvae_fast.operators.activations import encode
 
 KINDS = {"tf32x3": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,22 +24,12 @@ MOST = 256 << 20
 @pytest.fixture(scope="module")
 def route():
     """The operators of tests/executor/route/route.cpp."""
-    folder, constant = HERE / "route", "constexpr int64_t most_stacked_bytes"
-    text = (ROOT / "csrc" / "cuda" / "fused_route.cpp").read_text()
-    assert text.count(constant) == 1
-    text = text.replace(constant, "int64_t most_stacked_bytes")
-    source = BUILD / f"fused_route-{hashlib.sha256(text.encode()).hexdigest()[:16]}.inc"
-    if not source.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
-            copy = Path(temporary) / source.name
-            copy.write_text(text)
-            os.replace(copy, source)  # other test processes do the same
+    folder = HERE / "route"
     torch_flags = [f for path in include_paths() for f in ("-isystem", path)]
     torch_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     objects = [_built(HERE / f"{part}.cpp", ".o", [COMPILER, *FLAGS, "-c"]) for part in RUNTIME]
     objects.append(_built(folder / "kernels.cpp", ".o", [COMPILER, *FLAGS, *KERNEL_FLAGS, "-c"]))
-    command = [COMPILER, f"-I{folder}", *FLAGS, "-O0", *torch_flags, f'-DSOURCE="{source}"', "-c"]
+    command = [COMPILER, f"-I{folder}", *FLAGS, "-O0", *torch_flags, "-c"]
     route = _built(folder / "route.cpp", ".o", command)
     libraries = ["-Wl,--no-as-needed", *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
     torch.ops.load_library(Program("route")._link(route, objects, libraries))

@@ -68,7 +68,8 @@ inline Choice choose(const Layers& layers, Route wanted, std::optional<bool> rec
 inline std::string words(const Choice& choice) {
   std::string reason = choice.reason;
   if (reason.empty() && !choice.asked) {
-    reason = choice.route == Route::fused ? "float32 and float64 on the CPU" : "bfloat16 products have units of their own";
+    reason =
+        choice.route == Route::fused ? "float32 and float64 on the CPU" : "bfloat16 products have units of their own";
   }
   if (!choice.asked) return reason;
   return reason.empty() ? "asked for" : "asked for; " + reason;

@@ -2,7 +2,8 @@
 // kernels of a device.
 //
 // Every matrix is row-major; element (i, j) of a matrix X with leading dimension X.stride lies at X.data[i * X.stride +
-// j], counted in elements. A null `data` says that the matrix is absent. Symbols are those of docs/mathematics.md: a dash
+// j], counted in elements. A null `data` says that the matrix is absent. Symbols are those of docs/mathematics.md: a
+// dash
 // (`_tangent`) is the derivative along the cotangent v. `Real` is the type of all arithmetic (double or float),
 // `Operand` the type that enters matrix products (Real itself, bfloat16 or float16), `Stored` the type in which matrix
 // products leave pre-activations and adjoints (Real on the CPU, Operand on CUDA devices).

@@ -125,7 +125,8 @@ Tensor sum_of_products(const Tensor& gradient, bool one) {
 }
 
 // The sweep with streamed weights and the products that follow it; returns the blocks' sums of all other gradients.
-Tensor streamed_training_terms(Prepared& fused, const ilvae::Operands& c, const std::vector<Tensor>& result, int& parts) {
+Tensor streamed_training_terms(Prepared& fused, const ilvae::Operands& c, const std::vector<Tensor>& result,
+                               int& parts) {
   auto& call = fused.call;
   const int layers = call.layers;
   const int64_t below = call.units - call.widths[layers - 1];  // columns of h

@@ -27,7 +27,8 @@ inline DType dtype_of(const at::Tensor& t) {
   }
 }
 
-// Raises what a launcher reports, with the shape it was called for. The operator is named by who calls (csrc/torch/operators.h).
+// Raises what a launcher reports, with the shape it was called for. The operator is named by who calls
+// (csrc/torch/operators.h).
 inline void check(const Status& status, int64_t rows, int64_t width) {
   TORCH_CHECK(!status, "CUDA: ", status.what, " for ", rows, " rows of width ", width, ": ", describe(status.code));
 }

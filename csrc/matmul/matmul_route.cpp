@@ -15,7 +15,9 @@ using at::Tensor;
 at::ScalarType stored(const Problem& p) { return registered_device(p.x).stores_operands ? p.operand : p.real; }
 
 // The type of the results: that of the arguments at once where products can leave it.
-at::ScalarType result_type(const Problem& p) { return registered_device(p.x).stores_operands ? p.x.scalar_type() : p.real; }
+at::ScalarType result_type(const Problem& p) {
+  return registered_device(p.x).stores_operands ? p.x.scalar_type() : p.real;
+}
 
 template <class T>
 Matrix<T> view(const Tensor& t) {
@@ -82,12 +84,13 @@ class Sweep {
       const bool need_h = !complete_ || keep_hidden[l];
       if (!need_h && !tangent_) continue;
       auto h = at::empty({stacks_ * p_.rows, p_.widths[l]}, p_.options(p_.operand));
-      with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
-        auto layer = hidden_layer<Real, Operand, Stored>(l);
-        if (need_h) layer.h = view<Operand>(h);
-        if (tangent_) layer.h_tangent = view<Operand>(h.narrow(0, p_.rows, p_.rows));
-        kernels.up(layer);
-      });
+      with_kernels(
+          p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
+            auto layer = hidden_layer<Real, Operand, Stored>(l);
+            if (need_h) layer.h = view<Operand>(h);
+            if (tangent_) layer.h_tangent = view<Operand>(h.narrow(0, p_.rows, p_.rows));
+            kernels.up(layer);
+          });
       const auto weight = p_.weights[l].t();
       if (!complete_) {
         multiply(p_.columns(stack_, l + 1), h, weight, true);
@@ -109,29 +112,30 @@ class Sweep {
       d_ = unit_columns(d_);
     }
     if (keep_hidden) hidden_[last] = at::empty({stacks_ * p_.rows, p_.widths[last]}, p_.options(p_.operand));
-    with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
-      auto layer = hidden_layer<Real, Operand, Stored>(last);
-      OutputUnit<Real, Operand, Stored> out;
-      out.activation = p_.activations.back();
-      out.weight = static_cast<const Real*>(p_.output_weight.data_ptr());
-      out.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.units;
-      out.complete = complete_;
-      out.o = view<Stored>(p_.columns(a_, p_.layers()));
-      out.potential_cotangent = view<const Real>(potential_cotangent);
-      out.potential = view<Real>(potential);
-      if (keep_hidden) layer.h = view<Operand>(hidden_[last]);
-      if (want_d) {
-        layer.d = view<Operand>(d_primal(last));
-        out.d = view<Operand>(d_primal(last + 1));
-      }
-      if (tangent_) {
-        out.o_tangent = view<Stored>(p_.columns(a_tangent_, p_.layers()));
-        if (keep_hidden) layer.h_tangent = view<Operand>(hidden_[last].narrow(0, p_.rows, p_.rows));
-        layer.d_tangent = view<Operand>(d_tangent(last));
-        out.d_tangent = view<Operand>(d_tangent(last + 1));
-      }
-      kernels.turn(layer, out);
-    });
+    with_kernels(p_,
+                 [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
+                   auto layer = hidden_layer<Real, Operand, Stored>(last);
+                   OutputUnit<Real, Operand, Stored> out;
+                   out.activation = p_.activations.back();
+                   out.weight = static_cast<const Real*>(p_.output_weight.data_ptr());
+                   out.bias = static_cast<const Real*>(p_.bias.data_ptr()) + p_.units;
+                   out.complete = complete_;
+                   out.o = view<Stored>(p_.columns(a_, p_.layers()));
+                   out.potential_cotangent = view<const Real>(potential_cotangent);
+                   out.potential = view<Real>(potential);
+                   if (keep_hidden) layer.h = view<Operand>(hidden_[last]);
+                   if (want_d) {
+                     layer.d = view<Operand>(d_primal(last));
+                     out.d = view<Operand>(d_primal(last + 1));
+                   }
+                   if (tangent_) {
+                     out.o_tangent = view<Stored>(p_.columns(a_tangent_, p_.layers()));
+                     if (keep_hidden) layer.h_tangent = view<Operand>(hidden_[last].narrow(0, p_.rows, p_.rows));
+                     layer.d_tangent = view<Operand>(d_tangent(last));
+                     out.d_tangent = view<Operand>(d_tangent(last + 1));
+                   }
+                   kernels.turn(layer, out);
+                 });
   }
 
   // From layer K-1 down to `lowest`; `keep` keeps the adjoints g of a sweep without tangent.
@@ -155,16 +159,17 @@ class Sweep {
           g = g.narrow(0, p_.rows, p_.rows);
         }
       }
-      with_kernels(p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
-        auto layer = hidden_layer<Real, Operand, Stored>(below);
-        layer.g = view<const Stored>(g);
-        layer.d = view<Operand>(d_primal(below));
-        if (tangent_) {
-          layer.g_tangent = view<const Stored>(g_tangent);
-          layer.d_tangent = view<Operand>(d_tangent(below));
-        }
-        kernels.down(layer);
-      });
+      with_kernels(
+          p_, [&]<class Real, class Operand, class Stored>(const PointwiseKernels<Real, Operand, Stored>& kernels) {
+            auto layer = hidden_layer<Real, Operand, Stored>(below);
+            layer.g = view<const Stored>(g);
+            layer.d = view<Operand>(d_primal(below));
+            if (tangent_) {
+              layer.g_tangent = view<const Stored>(g_tangent);
+              layer.d_tangent = view<Operand>(d_tangent(below));
+            }
+            kernels.down(layer);
+          });
     }
   }
 

@@ -150,7 +150,8 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
                                const Tensor& constant, const OptionalTensor& embedding, at::TensorList weights,
                                const Static& s, const Choice& choice, Whole& whole) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Operands o{x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.product_dtype, s.route};
+    const Operands o{x,         skip_weight,   bias,         weights,         constant,
+                     embedding, s.activations, s.parameters, s.product_dtype, s.route};
     const Settled settled(o, choice);
     const bool want_potential = s.wanted & 1, want_map = s.wanted & 2;
     whole = call<PotentialAndMap>(o, want_potential, want_map, /*save=*/!choice.recompute,
@@ -177,13 +178,13 @@ struct PotentialAndMapFunction : Function<PotentialAndMapFunction> {
     if (!(s.wanted & 2)) cotangents.push_back(Tensor());
     const auto needed = needed_of(ctx, tensors, count);
     const auto saved = at::TensorList(tensors).slice(count);
-    auto gradients = spread(at_next_order([&] {
-                              return for_each_cotangent(cotangents, [&](const variable_list& c) {
-                                return call<TrainingTerms>(kept.operands, optional(c[1]), optional(c[0]), saved,
-                                                           needed);
-                              });
-                            }),
-                            needed, count);
+    auto gradients =
+        spread(at_next_order([&] {
+                 return for_each_cotangent(cotangents, [&](const variable_list& c) {
+                   return call<TrainingTerms>(kept.operands, optional(c[1]), optional(c[0]), saved, needed);
+                 });
+               }),
+               needed, count);
     gradients.resize(count + 3);  // Static, Choice, Whole
     return gradients;
   }
@@ -200,7 +201,8 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
                                at::TensorList weights, const Static& s, const Unseen& unseen) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Operands o{x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.product_dtype, s.route};
+    const Operands o{x,         skip_weight,   bias,         weights,         constant,
+                     embedding, s.activations, s.parameters, s.product_dtype, s.route};
     auto terms = call<TrainingTerms>(o, map_cotangent, potential_cotangent, unseen.saved, s.wanted);
     // not what was saved: the next order cannot use it
     ctx->save_for_backward(in_order({map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor())}, x,
@@ -225,14 +227,14 @@ struct TrainingTermsFunction : Function<TrainingTermsFunction> {
     for (size_t i = 0; i < cotangents.size(); ++i) {
       if (wanted[i]) given.push_back(cotangents[i]);
     }
-    auto gradients = spread(without_autocast([&] {
-                              return for_each_cotangent(given, [&](const variable_list& c) {
-                                return call<TrainingTermsBackward>(kept.operands, at::TensorList(c),
-                                                                   optional(tensors[0]), optional(tensors[1]), s.wanted,
-                                                                   needed);
-                              });
-                            }),
-                            needed, tensors.size());
+    auto gradients =
+        spread(without_autocast([&] {
+                 return for_each_cotangent(given, [&](const variable_list& c) {
+                   return call<TrainingTermsBackward>(kept.operands, at::TensorList(c), optional(tensors[0]),
+                                                      optional(tensors[1]), s.wanted, needed);
+                 });
+               }),
+               needed, tensors.size());
     gradients.emplace_back();  // what was saved
     return gradients;
   }
@@ -243,7 +245,8 @@ struct MapJvpFunction : Function<MapJvpFunction> {
                                const Tensor& bias, const Tensor& constant, const OptionalTensor& embedding,
                                at::TensorList weights, const Static& s) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Operands o{x, skip_weight, bias, weights, constant, embedding, s.activations, s.parameters, s.product_dtype, s.route};
+    const Operands o{x,         skip_weight,   bias,         weights,         constant,
+                     embedding, s.activations, s.parameters, s.product_dtype, s.route};
     auto [map, map_tangent] = call<MapJvp>(o, tangent);
     ctx->save_for_backward(in_order({tangent}, x, skip_weight, bias, constant, embedding, weights));
     s.keep(ctx);

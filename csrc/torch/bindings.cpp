@@ -61,15 +61,15 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("map_flops", &ilvae::Plan::map_flops)
       .def_readonly("training_flops", &ilvae::Plan::training_flops)
       .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
-  m.def("plan", [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense,
-                   int64_t real_bytes, int64_t operand_bytes, int route, std::optional<bool> recompute,
-                   int64_t cuda_shared_bytes, bool tf32) {
-    ilvae::Shape shape{rows, input, width, std::move(widths), dense, real_bytes, operand_bytes};
-    shape.cuda = cuda_shared_bytes > 0;
-    const auto* const device = ilvae::find_device(c10::DeviceType::CUDA);
-    if (shape.cuda && device) {
-      shape.fit = device->fit_within(cuda_shared_bytes, shape.widths, width, dense, operand_bytes, tf32);
-    }
-    return ilvae::plan(shape, static_cast<ilvae::Route>(route), recompute);
-  });
+  m.def("plan",
+        [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense, int64_t real_bytes,
+           int64_t operand_bytes, int route, std::optional<bool> recompute, int64_t cuda_shared_bytes, bool tf32) {
+          ilvae::Shape shape{rows, input, width, std::move(widths), dense, real_bytes, operand_bytes};
+          shape.cuda = cuda_shared_bytes > 0;
+          const auto* const device = ilvae::find_device(c10::DeviceType::CUDA);
+          if (shape.cuda && device) {
+            shape.fit = device->fit_within(cuda_shared_bytes, shape.widths, width, dense, operand_bytes, tf32);
+          }
+          return ilvae::plan(shape, static_cast<ilvae::Route>(route), recompute);
+        });
 }

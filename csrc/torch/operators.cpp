@@ -23,7 +23,8 @@ Settled::~Settled() { innermost = outer_; }
 const Choice* Settled::find(const Operands& o) {
   if (!innermost) return nullptr;
   const auto& settled = innermost->operands_;
-  bool same = o.route == int64_t(innermost->choice_.route) && o.weights.size() == settled.weights.size() && o.activations.data() == settled.activations.data() &&
+  bool same = o.route == int64_t(innermost->choice_.route) && o.weights.size() == settled.weights.size() &&
+              o.activations.data() == settled.activations.data() &&
               o.activation_parameters.data() == settled.activation_parameters.data() &&
               o.product_dtype == settled.product_dtype && o.dense() == settled.dense();
   for (size_t i = 0; same && i < o.gradients(); ++i) same = o[i].is_same(settled[i]);
@@ -68,8 +69,8 @@ void check_saved(const Operands& o, at::TensorList saved, Route route) {
   if (o.dense()) check(2, units + 1, o.x.sym_size(-1), o.output_dtype());
 }
 
-void check_cotangents(const Operands& o, const OptionalTensor& map_cotangent,
-                      const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted, Route route) {
+void check_cotangents(const Operands& o, const OptionalTensor& map_cotangent, const OptionalTensor& potential_cotangent,
+                      at::TensorList saved, int64_t wanted, Route route) {
   TORCH_CHECK_VALUE(map_cotangent || potential_cotangent,
                     "map_cotangent and potential_cotangent: got neither, wanted at least one");
   if (map_cotangent) o.check_rows("map_cotangent", *map_cotangent, o.skip_weight.sym_size(1));
@@ -124,8 +125,8 @@ std::vector<Tensor> run_training_terms(const Operands& o, const OptionalTensor& 
   auto gradients = implementation(route, o.x).training_terms(o, cotangents, flags);
   for (size_t i = 0; i < flags.count; ++i) {
     auto& gradient = gradients[i];
-    gradient = flags[i] ? shaped(in_dtype(gradient, o[i].scalar_type()), o[i].sizes())
-                        : allocate(o.x, {0}, o.output_dtype());
+    gradient =
+        flags[i] ? shaped(in_dtype(gradient, o[i].scalar_type()), o[i].sizes()) : allocate(o.x, {0}, o.output_dtype());
   }
   return gradients;
 }
@@ -148,7 +149,8 @@ struct OnCuda<Op, function, Result(const Operands&, Rest...)> {
   static Result call(const Operands& o, Rest... rest) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         find_device(c10::DeviceType::CUDA), Op::name,
-        ": x: got a CUDA tensor, but this build of ilvae_fast has no CUDA kernels. Move tensors and modules to the CPU, "
+        ": x: got a CUDA tensor, but this build of ilvae_fast has no CUDA kernels. Move tensors and modules to the "
+        "CPU, "
         "or run the plain autograd version on the GPU: with ilvae_fast.use_backend(\"reference\"): ...");
     const c10::DeviceGuard guard(o.x.device());
     try {
@@ -277,7 +279,8 @@ struct Autocast {
 
 template <class Op>
 void define(torch::Library& m, const std::vector<at::Tag>& tags) {
-  const auto schema = std::string(Op::name) + "(" + operand_schema + ", " + Op::own_schema + ") -> " + Op::result_schema;
+  const auto schema =
+      std::string(Op::name) + "(" + operand_schema + ", " + Op::own_schema + ") -> " + Op::result_schema;
   m.def(schema.c_str(), tags);
 }
 

@@ -40,8 +40,7 @@ struct PotentialAndMap {
 // gradient i, the others come back empty. saved: of potential_and_map, or nothing.
 struct TrainingTerms {
   static constexpr auto name = "training_terms";
-  static constexpr auto own_schema =
-      "Tensor? map_cotangent, Tensor? potential_cotangent, Tensor[] saved, int wanted";
+  static constexpr auto own_schema = "Tensor? map_cotangent, Tensor? potential_cotangent, Tensor[] saved, int wanted";
   static constexpr auto result_schema = "Tensor[]";
   using Signature = std::vector<Tensor>(const Operands&, const OptionalTensor& map_cotangent,
                                         const OptionalTensor& potential_cotangent, at::TensorList saved,

@@ -1,21 +1,12 @@
-// The host side of the fused CUDA route as operators on CPU tensors: tests/test_cuda_route.py. SOURCE is a copy of
-// csrc/cuda/fused_route.cpp in which most_stacked_bytes can be changed.
-#include SOURCE
-
+// The host side of the fused CUDA route as operators on CPU tensors: tests/test_cuda_route.py.
 #include <torch/library.h>
+
+#include "cuda/fused_route.cpp"
 
 namespace {
 
 using namespace ilvae;
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using OptionalType = std::optional<at::ScalarType>;
-using Floats = at::ArrayRef<double>;
-
-Arguments bundle(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
-                 const Tensor& inverse_lipschitz, at::IntArrayRef activations, Floats parameters, OptionalType type) {
-  return {x, skip_weight, bias, weights.vec(), inverse_lipschitz, {}, activations, parameters, type};
-}
 
 std::vector<Tensor> defined(std::vector<Tensor> tensors) {
   for (auto& t : tensors) {
@@ -27,18 +18,19 @@ std::vector<Tensor> defined(std::vector<Tensor> tensors) {
 std::vector<Tensor> map(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
                         const Tensor& inverse_lipschitz, at::IntArrayRef activations, Floats parameters,
                         OptionalType type, bool want_potential, bool want_map) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, activations, parameters, type);
-  const auto values = cuda::fused_potential_and_map(c, want_potential, want_map);
+  const ilvae::Operands o{x,           skip_weight, bias, weights, inverse_lipschitz, std::nullopt,
+                          activations, parameters,  type, 0};
+  const auto values = cuda::fused.potential_and_map(o, {want_potential, want_map, /*save=*/false});
   return defined({values.potential, values.map});
 }
 
 std::vector<Tensor> terms(const Tensor& x, const Tensor& skip_weight, const Tensor& bias, at::TensorList weights,
                           const Tensor& inverse_lipschitz, at::IntArrayRef activations, Floats parameters,
                           OptionalType type, const OptionalTensor& v, const OptionalTensor& u, int64_t wanted) {
-  const auto c = bundle(x, skip_weight, bias, weights, inverse_lipschitz, activations, parameters, type);
-  std::vector<bool> flags(grad_weights + weights.size());
-  for (size_t i = 0; i < flags.size(); ++i) flags[i] = (wanted >> i) & 1;
-  return defined(cuda::fused_training_terms(c, v.value_or(Tensor()), u.value_or(Tensor()), flags));
+  const ilvae::Operands o{x,           skip_weight, bias, weights, inverse_lipschitz, std::nullopt,
+                          activations, parameters,  type, 0};
+  const Cotangents cotangents{v.value_or(Tensor()), u.value_or(Tensor()), {}};
+  return defined(cuda::fused.training_terms(o, cotangents, {wanted, o.gradients()}));
 }
 
 void stack_at_most(int64_t bytes) { cuda::most_stacked_bytes = bytes; }
