@@ -22,7 +22,7 @@ import ilvae_fast as il
 from benchmarks import fits
 from benchmarks.fits import Parts, Task
 from benchmarks.record import RESULTS, provenance, write
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.vae import LIKELIHOODS, VAE
 
 NAME = "advice"

@@ -28,7 +28,7 @@ from benchmarks import model, peers
 from benchmarks.peers import Problem, Step
 from benchmarks.record import provenance
 from benchmarks.timing import Times, product, synchronise
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 
 # (width, hidden, batch, latent, precision), most important first; the first MOST_COMPILED also get the compiled peer
 Row = tuple[int, tuple[int, ...], int, int | None, str]

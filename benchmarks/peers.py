@@ -113,7 +113,7 @@ def ours(problem: Problem, **options: Any) -> Step:
             ours.copy_(theirs)
 
     def step() -> list[Tensor]:
-        t = functional.apply_potential_and_map(layer.operands(problem.x, problem.embedding), False, True)[1]
+        t = layer(problem.x, problem.embedding)
         return [t.detach(), *torch.autograd.grad(t, [problem.x, *parameters], problem.v)]
 
     return step

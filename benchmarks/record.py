@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ilvae_fast as il
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from ilvae_fast import metrics
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 
 DTYPE = torch.float64

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import ilvae_fast as il
 from ilvae_fast import data
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.training import evaluate
 from ilvae_fast.vae import VAE, Gaussian, VAEConfig
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.cli import COLUMNS
 
 _FEW = "--set eval_limit=300 --set num_importance_samples=20 --set fisher_samples=8 --cpu"

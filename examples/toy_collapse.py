@@ -35,7 +35,7 @@ from torch import Tensor
 
 import ilvae_fast as il
 from ilvae_fast import data, metrics
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.training import evaluate
 from ilvae_fast.training.toy_report import draw
 from ilvae_fast.vae import VAE, GaussianMixture, GaussianMixturePosterior, VAEConfig

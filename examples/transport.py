@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 import ilvae_fast as il
-from ilvae_fast._extras import require
-from ilvae_fast._files import write_atomically
+from ilvae_fast._support.extras import require
+from ilvae_fast._support.files import write_atomically
 
 Sampler = Callable[[int], Tensor]
 POOL = 1 << 17  # samples of each side that batches are drawn from

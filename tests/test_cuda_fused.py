@@ -14,7 +14,7 @@ from cases import FIRST, LATER
 from comparison import assert_as_accurate_as_eager
 from executor import Program
 from ilvae_fast import Activation, reference
-from ilvae_fast.activations import encode
+from ilvae_fast.operators.activations import encode
 
 DTYPES = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}

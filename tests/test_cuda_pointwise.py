@@ -9,7 +9,7 @@ from torch import Tensor
 
 from executor import Program
 from ilvae_fast import Activation
-from ilvae_fast.activations import encode
+from ilvae_fast.operators.activations import encode
 
 TYPES = {
     "float64": (torch.float64, torch.float64, "double", "double", 2),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from executor import BUILD, COMPILER, FLAGS, HERE, KERNEL_FLAGS, ROOT, RUNTIME, Program, _built
-from ilvae_fast.activations import encode
+from ilvae_fast.operators.activations import encode
 
 KINDS = {"tf32x3": torch.float32, "bfloat16": torch.bfloat16}
 RESIDENT, STREAMED = (9, (20, 32)), (41, (100, 71, 128))  # width, hidden

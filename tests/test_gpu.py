@@ -19,7 +19,7 @@ from benchmarks.gpu import matmul_precision
 from cases import Case
 from comparison import assert_as_accurate_as_eager, assert_equal_to_rounding
 from ilvae_fast import Activation, functional, reference
-from ilvae_fast.activations import encode
+from ilvae_fast.operators.activations import encode
 
 DEVICE = os.environ.get("ILVAE_FAST_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(

@@ -9,6 +9,7 @@ import ilvae_fast as il
 from cases import NONNEG, Case, cases
 from comparison import inverse_lipschitz_violation, monotonicity_violation
 from ilvae_fast import functional, reference
+from ilvae_fast.operators.activations import encode
 
 # float64: rounding of T, relative to |x - y|^2 and to the size of T
 SLACK = 1e-10
@@ -183,7 +184,7 @@ def test_the_map_is_the_gradient_of_the_potential(case):
 def test_the_jacobian_is_symmetric_with_eigenvalues_above_l(case):
     tensors = case.tensors(torch.float64)
     layer = il.BrenierMap(case.width, case.hidden, inverse_lipschitz=case.constant, nonneg="none", dtype=torch.float64)
-    layer._activations = il.activations.encode(case.activations)
+    layer._activations = encode(case.activations)
     with torch.no_grad():
         layer.skip_weight.copy_(tensors.named["skip_weight"])
         layer.bias.copy_(tensors.named["bias"])

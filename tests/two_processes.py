@@ -14,7 +14,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ilvae_fast import BrenierDecoder, Trained, _files, data, metrics
+from ilvae_fast import BrenierDecoder, Trained, data, metrics
+from ilvae_fast._support import files as _files
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, loop, shard, sweep, train
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 

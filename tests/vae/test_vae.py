@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import distributions
 
-from ilvae_fast import BrenierDecoder, _files
+from ilvae_fast import BrenierDecoder
+from ilvae_fast._support import files as _files
 from ilvae_fast.vae import (
     CONFIGURATIONS,
     LIKELIHOODS,

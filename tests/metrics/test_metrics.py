@@ -307,7 +307,7 @@ def test_mutual_information_against_a_grid(latent_dim, kind, monkeypatch):
     x = torch.arange(5.0, dtype=DTYPE).unsqueeze(-1)
     estimate = metrics.mutual_information(posterior_of(posterior), x, 8000, generator=seeded())
     assert estimate == pytest.approx(expected, rel=0.02)
-    monkeypatch.setattr(metrics, "_PAIRS", 7)
+    monkeypatch.setattr("ilvae_fast.metrics.collapse._PAIRS", 7)
     assert metrics.mutual_information(posterior_of(posterior), x, 800, batch_size=2) == pytest.approx(expected, rel=0.1)
 
 
@@ -321,7 +321,7 @@ def test_mutual_information_holds_no_more_densities_than_it_may(kind, monkeypatc
                 held.append(len(z) * self[1].numel())
             return super().log_prob(z)
 
-    monkeypatch.setattr(metrics, "_PAIRS", 2 * posterior[1].numel())
+    monkeypatch.setattr("ilvae_fast.metrics.collapse._PAIRS", 2 * posterior[1].numel())
     x = torch.arange(6.0, dtype=DTYPE).unsqueeze(-1)
     metrics.mutual_information(posterior_of(Watched(*posterior)), x)
     assert held == [2 * posterior[1].numel()] * 3

@@ -29,7 +29,7 @@ from ilvae_fast.training.state import Batches, Position, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 from training_cases import OPTIONS, SMALL, small, state_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def interrupt(step: int, steps: int, values: dict[str, float]) -> None:

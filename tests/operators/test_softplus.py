@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 from torch.library import opcheck
 
 import ilvae_fast as il
-from ilvae_fast import ops
+from ilvae_fast.operators import softplus as ops
 
 OP = torch.ops.ilvae_fast.softplus.default
 BACKWARD = torch.ops.ilvae_fast.softplus_backward.default

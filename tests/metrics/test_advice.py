@@ -16,7 +16,7 @@ from ilvae_fast import cli
 from ilvae_fast.data import load
 from ilvae_fast.training import TrainConfig, advice_for, build_model, sweep, train
 from ilvae_fast.training.config import model_config
-from ilvae_fast.vae.likelihoods import (
+from ilvae_fast.vae import (
     LIKELIHOODS,
     Bernoulli,
     Categorical,

@@ -76,7 +76,7 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     assert heading[:4] == ["run", "NLL", "gain", "KL"]
     assert row[:5] == ["one", "not", "finite", "not", "finite"]
     assert json.loads((folder / "eval.json").read_text())["not_finite"] == ["elbo", "gain", "nll"]
-    cli._show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
+    cli.display.show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
     heading, _, absent, _ = map(str.split, capsys.readouterr().out.splitlines())
     assert (heading, absent) == (["run", "NLL"], ["a"])
 
@@ -161,7 +161,7 @@ def test_help_names_every_field_and_model(capsys):
 
 @pytest.mark.slow
 def test_the_module_is_a_command(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ilvae_fast", "train", *SMALL, "--L", "0.5", "--output", str(tmp_path / "run")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert process.returncode == 0, process.stderr

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from ilvae_fast.nonneg import as_nonnegative
+from ilvae_fast.layers.nonneg import as_nonnegative
 
 KINDS = [il.NonNegative(n) for n in ("softplus", "exp", "clamp", "abs", "square")] + [il.NonNegative("clamp", 1e-3)]
 RAW = torch.linspace(-30, 30, 601, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from ilvae_fast import inversion
+from ilvae_fast.layers import inversion
 
 ACTIVATIONS = ["softplus", "celu", "smooth_leaky_relu", il.Activation("softplus", 20.0), il.Activation("celu", 0.05)]
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from ilvae_fast import activations, functional
-from ilvae_fast.activations import encode
+from ilvae_fast import functional
+from ilvae_fast.operators import activations
+from ilvae_fast.operators.activations import encode
 
 ALL = [
     il.Activation("softplus"),
