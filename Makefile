@@ -9,7 +9,7 @@ TORCH ?= torch>=2.11,<2.15
 PYTEST_OPTIONS ?=
 
 BIN := .venv/bin
-SOURCES := CMakeLists.txt setup.py ilvae_fast/_version.py $(shell find csrc -type f)
+SOURCES := CMakeLists.txt setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
 
 .PHONY: help demo test lint format build clean
 help:

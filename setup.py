@@ -1,6 +1,8 @@
 """Drives CMake, which owns sources and flags (see CMakeLists.txt). Metadata is in pyproject.toml."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -40,11 +42,18 @@ class CMakeBuild(build_ext):
         name = "ILVAE_FAST_CUDA_ARCHITECTURES"
         architectures = os.environ.get(name)  # unset: the default, not what an earlier build had
         configure.append(f"-D{name}={architectures}" if architectures else f"-U{name}")
+        sources = runpy.run_path(str(ROOT / "ilvae_fast" / "operators" / "fingerprint.py"))["fingerprint"](ROOT)
         self.run_tool(configure)
         self.run_tool(["cmake", "--build", str(build), "--parallel", str(parallel_jobs())])
-        self.run_tool(["cmake", "--install", str(build), "--prefix", str(destination)])
+        self.install(build, destination, sources)
         if in_place:  # setuptools carries the extension to the sources, but not the record beside it
-            self.run_tool(["cmake", "--install", str(build), "--prefix", str(ROOT / "ilvae_fast")])
+            self.install(build, ROOT / "ilvae_fast", sources)
+
+    def install(self, build: Path, folder: Path, sources: str) -> None:
+        """Put the extension and its record into ``folder``; the record says which ``sources`` it was built from."""
+        self.run_tool(["cmake", "--install", str(build), "--prefix", str(folder)])
+        record = folder / "_build.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "sources": sources}) + "\n")
 
     def run_tool(self, command: list[str]) -> None:
         """Run with the tool's own output in view; its messages are the error report."""

@@ -22,7 +22,7 @@ from ilvae_fast.vae import VAE, DiagonalGaussian
 from training_cases import state_of
 from two_processes import config, same_noise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 

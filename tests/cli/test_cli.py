@@ -156,7 +156,7 @@ def test_help_names_every_field_and_model(capsys):
 
 @pytest.mark.slow
 def test_the_module_is_a_command(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ilvae_fast", "train", *SMALL, "--L", "0.5", "--output", str(tmp_path / "run")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert process.returncode == 0, process.stderr

@@ -23,7 +23,7 @@ from ilvae_fast.training.state import Batches, Position, latest
 from ilvae_fast.vae import VAE
 from training_cases import OPTIONS, interrupted, small
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_position_survives_a_checkpoint():

@@ -1,0 +1,146 @@
+"""Finding the compiled extension: beside the sources, or in an installed copy that was built from the same sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+import ilvae_fast._C as extension
+from ilvae_fast.operators.extension import check_torch, cure, locate
+from ilvae_fast.operators.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[2]
+FILE = f"_C{EXTENSION_SUFFIXES[0]}"
+
+
+def _clone(root: Path, code: str = "int a;") -> Path:
+    """A clone without an extension; its package."""
+    (root / "csrc" / "cpu").mkdir(parents=True)
+    (root / "csrc" / "cpu" / "a.cpp").write_text(code)
+    (root / "ilvae_fast").mkdir()
+    (root / "ilvae_fast" / "_version.py").write_text('__version__ = "1.0"\n')
+    return root / "ilvae_fast"
+
+
+def _installed(site: Path, **record: str) -> Path:
+    """An installed copy with an extension that nothing loads; the extension."""
+    (site / "ilvae_fast").mkdir(parents=True)
+    (site / "ilvae_fast" / "_build.json").write_text(json.dumps(record))
+    (site / "ilvae_fast" / FILE).write_bytes(b"")
+    return site / "ilvae_fast" / FILE
+
+
+def test_the_extension_beside_the_sources_comes_first(tmp_path):
+    package = _clone(tmp_path / "clone")
+    (package / FILE).write_bytes(b"")
+    _installed(tmp_path / "site", sources=fingerprint(package.parent))
+    assert locate(package, [str(tmp_path / "site")]) == package / FILE
+
+
+def test_that_of_an_installed_copy_of_the_same_sources_is_found(tmp_path):
+    package = _clone(tmp_path / "clone")
+    other = _installed(tmp_path / "other", sources="0" * 64)
+    found = _installed(tmp_path / "site", sources=fingerprint(package.parent))
+    search = [str(tmp_path / "clone"), str(tmp_path / "nothing"), str(other.parents[1]), str(found.parents[1])]
+    assert locate(package, search) == found
+
+
+@pytest.mark.parametrize("change", ["code", "name", "version", "no record"])
+def test_that_of_other_sources_is_refused(tmp_path, change):
+    package = _clone(tmp_path / "clone")
+    record = {} if change == "no record" else {"sources": fingerprint(package.parent)}
+    installed = _installed(tmp_path / "site", **record)
+    if change == "code":
+        (package.parent / "csrc" / "cpu" / "a.cpp").write_text("int b;")
+    elif change == "name":
+        (package.parent / "csrc" / "cpu" / "a.cpp").rename(package.parent / "csrc" / "a.cpp")
+    elif change == "version":
+        (package / "_version.py").write_text('__version__ = "1.1"\n')
+    with pytest.raises(ImportError) as caught:
+        locate(package, [str(tmp_path / "site")])
+    message = str(caught.value)
+    assert f"no compiled extension in {package}" in message
+    assert f"the one in {installed.parent} was built from other C++ sources or another version" in message
+    assert f"pip install --no-build-isolation --no-deps --force-reinstall {package.parent}" in message
+
+
+def test_where_there_is_none_the_error_says_what_to_do(tmp_path):
+    package = _clone(tmp_path / "a clone")
+    with pytest.raises(ImportError, match="no installed copy of the package was found") as caught:
+        locate(package, [str(tmp_path)])
+    assert f"--force-reinstall '{package.parent}'" in str(caught.value)
+    assert "in a clone of the repository" in cure(tmp_path / "site" / "ilvae_fast")  # which has no sources to build
+
+
+def test_another_torch_is_refused(tmp_path):
+    check_torch(_installed(tmp_path / "same", torch=str(torch.__version__)))
+    with pytest.raises(ImportError, match=r"built for torch 1\.9\.0, and torch .* is running"):
+        check_torch(_installed(tmp_path / "older", torch="1.9.0"))
+    with pytest.raises(ImportError, match="built for torch an unknown version"):
+        check_torch(_installed(tmp_path / "unknown"))
+
+
+def test_the_record_does_not_depend_on_the_order_of_files(tmp_path):
+    """The order in which a file system lists them is not part of the sources."""
+    made = []
+    for name, order in (("one", ("a", "b", "sub/c")), ("two", ("sub/c", "b", "a"))):
+        package = _clone(tmp_path / name)
+        for file in order:
+            path = package.parent / "csrc" / f"{file}.h"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(file)
+        made.append(fingerprint(package.parent))
+    assert made[0] == made[1]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The real sources as a clone without an extension, and an installed copy with the real extension."""
+    ignored = shutil.ignore_patterns("*.so", "*.pyd", "_build.json", "__pycache__")
+    for folder in ("ilvae_fast", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / "clone" / folder, ignore=ignored)
+    shutil.copytree(ROOT / "ilvae_fast", tmp_path / "site" / "ilvae_fast", ignore=ignored)
+    built = Path(extension.__file__ or "")
+    (tmp_path / "site" / "ilvae_fast" / built.name).symlink_to(built)
+    record = {"torch": str(torch.__version__), "sources": fingerprint(tmp_path / "clone")}
+    (tmp_path / "site" / "ilvae_fast" / "_build.json").write_text(json.dumps(record))
+    return tmp_path / "clone"
+
+
+def _python(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in the clone, where the current folder comes first, then the installed copy."""
+    environment = {**os.environ, "PYTHONPATH": str(clone.parent / "site")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_python_in_a_clone_borrows_the_installed_extension(clone):
+    code = "import ilvae_fast as il, torch; print(il.__file__); print(il._C.__file__); print(il.BrenierMap(2, (3,)))"
+    result = _python(clone, "-c", code)
+    assert result.returncode == 0, result.stderr
+    package, borrowed, _ = result.stdout.splitlines()
+    assert Path(package).parents[1] == clone
+    assert Path(borrowed).parents[1] == clone.parent / "site"
+    result = _python(clone, "-m", "ilvae_fast", "--help")
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_in_a_clone_with_other_sources_says_so(clone):
+    source = clone / "csrc" / "bindings.cpp"
+    source.write_text(source.read_text() + "\n")
+    for arguments in (["-c", "import ilvae_fast"], ["-m", "ilvae_fast", "info"]):
+        result = _python(clone, *arguments)
+        assert result.returncode != 0
+        assert "was built from other C++ sources or another version" in result.stderr
+        assert f"pip install --no-build-isolation --no-deps --force-reinstall {clone}" in result.stderr
+        assert "circular import" not in result.stderr
+        assert "During handling" not in result.stderr
