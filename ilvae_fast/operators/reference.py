@@ -32,7 +32,7 @@ def embed(x: Tensor, embedding: Tensor | int | None) -> Tensor:
 def convex_network(
     y: Tensor, skip_weight: Tensor, bias: Tensor, weights: Sequence[Tensor], activations: Sequence[str | Activation]
 ) -> Tensor:
-    """``G(y)`` of the design: the input-convex network alone, ``y (..., d) -> (...)``."""
+    """``G(y)``: the input-convex network alone, ``y (..., d) -> (...)``."""
     layers = encode(activations).layers
     skip = F.linear(y, skip_weight, bias)  # one product for the skip terms of all layers
     widths = [w.shape[1] for w in weights]  # n_1 .. n_K

@@ -103,7 +103,7 @@ def test_a_cuda_tensor_without_cuda_kernels_names_the_cure():
 
 
 def test_plan_counts_flops_and_bytes():
-    forward = 2 * 510 * (2 * 129 + 64 * 64 + 64)  # F of the design
+    forward = 2 * 510 * (2 * 129 + 64 * 64 + 64)  # multiply-adds of the map, counted as two
     kept = il.plan(510, 2, (64, 64), recompute=False)
     assert kept.map_flops == 2 * forward
     assert kept.training_flops == 4 * forward
