@@ -10,18 +10,13 @@
 #include <type_traits>
 
 #include "cpu/instruction_set.h"
+#include "cpu/tuning.h"
 
 namespace ilvae::cpu {
 
 namespace {
 
-// Flops below which a second thread costs more than it brings (benchmarks/NOTES.md).
-constexpr double serial_flops = 7e5;
-// Operands of the weight gradients above which rows are worked through in chunks: of one thread, of all together. More
-// for one thread would push what the rest of a training step needs out of its L2 cache.
-constexpr int64_t chunk_bytes = int64_t(1) << 18, shared_bytes = int64_t(64) << 20;
-
-// Few of them need no allocation, of which a small call could make dozens.
+// A list without an allocation as long as it is short: a small call could make dozens of them.
 template <class T>
 using Few = c10::SmallVector<T, 8>;
 
@@ -41,7 +36,7 @@ const FusedKernels<T>& kernels() {
   }
 }
 
-// Memory aligned to cache lines, never initialised.
+// Memory aligned to cache lines. It is never initialised.
 template <class T>
 class Buffer {
  public:
@@ -50,7 +45,7 @@ class Buffer {
   T* grow(int64_t elements) {
     if (elements > size_) {
       data_.reset();
-      size_ = 0;  // should the next line throw
+      size_ = 0;  // the next line may throw
       data_.reset(static_cast<T*>(::operator new(elements * sizeof(T), alignment)));
       size_ = elements;
     }
@@ -66,12 +61,13 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Memory of a thread and of a call for all its threads, kept from call to call.
+// Memory is kept from call to call: this for the tiles of one thread.
 template <class T>
 T* thread_memory(int64_t elements) {
   thread_local Buffer<T> buffer;
   return buffer.grow(elements);
 }
+// And this, which belongs to the thread that calls, for what all threads of a call share.
 template <class T>
 T* shared_memory(int64_t elements) {
   thread_local Buffer<T> buffer;
@@ -82,8 +78,8 @@ int threads_for(int64_t tasks, double flops) {
   return flops < serial_flops || at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
 }
 
-// Runs task(i) for i < count on `threads` of torch's threads, whoever is free taking the next. Every task writes to
-// places of its own, so results do not depend on who takes what.
+// Runs task(i) for i < count on `threads` of torch's threads. Whoever is free takes the next. Every task writes to
+// places of its own, so that results do not depend on who takes what.
 template <class Task>
 void run(int64_t count, int threads, const Task& task) {
   if (threads <= 1) {
@@ -96,7 +92,8 @@ void run(int64_t count, int threads, const Task& task) {
   });
 }
 
-// A function of the batch alone: saved panels outlive changes of the number of threads.
+// The lanes of all tiles but the last. They depend on the batch alone, because saved panels outlive a change of the
+// number of threads.
 int64_t tile_lanes(int64_t rows, int64_t most) { return std::min(most, padded_rows((rows + 1) / 2)); }
 
 Few<Tile> tiles_of(int64_t begin, int64_t end, int64_t lanes) {
@@ -109,30 +106,32 @@ Few<Tile> tiles_of(int64_t begin, int64_t end, int64_t lanes) {
 }
 
 template <class T>
-double sweep_flops(const Network<T>& net) {  // of a row
+double sweep_flops(const Network<T>& net) {  // of one row of the batch
   double flops = double(net.width + net.input) * (net.units + 1);
   for (int64_t l = 1; l < net.layers; ++l) flops += 2.0 * net.hidden[l].width * net.hidden[l - 1].width;
-  return 2 * flops + 40.0 * net.units;  // and the activations, roughly
+  return 2 * flops + activation_flops * net.units;
 }
 
 }  // namespace
 
 template <class T>
-void fused_map(const Network<T>& net, const MapArguments<T>& c) {
-  const auto& k = kernels<T>();
-  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.tile_lanes));
-  const int64_t elements = k.map_scratch(net);
-  const int threads = threads_for(tiles.size(), sweep_flops(net) * c.rows);
-  run(tiles.size(), threads, [&](int64_t i) { k.map(net, c, tiles[i], thread_memory<T>(elements)); });
+void fused_map(const Network<T>& net, const MapArguments<T>& call) {
+  const auto& kernel = kernels<T>();
+  const auto tiles = tiles_of(0, call.rows, tile_lanes(call.rows, kernel.tile_lanes));
+  const int64_t elements = kernel.map_scratch(net);
+  const int threads = threads_for(tiles.size(), sweep_flops(net) * call.rows);
+  run(tiles.size(), threads,
+      [&](int64_t i) { kernel.map(net, call, tiles[i], {thread_memory<T>(elements), elements}); });
 }
 
 template <class T>
-void fused_jvp(const Network<T>& net, const JvpArguments<T>& c) {
-  const auto& k = kernels<T>();
-  const auto tiles = tiles_of(0, c.rows, tile_lanes(c.rows, k.tile_lanes));
-  const int64_t elements = k.training_scratch(net);
-  const int threads = threads_for(tiles.size(), 2 * sweep_flops(net) * c.rows);
-  run(tiles.size(), threads, [&](int64_t i) { k.jvp(net, c, tiles[i], thread_memory<T>(elements)); });
+void fused_jvp(const Network<T>& net, const JvpArguments<T>& call) {
+  const auto& kernel = kernels<T>();
+  const auto tiles = tiles_of(0, call.rows, tile_lanes(call.rows, kernel.tile_lanes));
+  const int64_t elements = kernel.training_scratch(net);
+  const int threads = threads_for(tiles.size(), 2 * sweep_flops(net) * call.rows);
+  run(tiles.size(), threads,
+      [&](int64_t i) { kernel.jvp(net, call, tiles[i], {thread_memory<T>(elements), elements}); });
 }
 
 namespace {
@@ -141,11 +140,11 @@ namespace {
 template <class T>
 class Gradients {
  public:
-  Gradients(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted)
+  Gradients(const Network<T>& net, const TrainingArguments<T>& call, const ParameterGradients<T>& wanted)
       : net_(net), wanted_(wanted), kernels_(kernels<T>()), h_(net.layers), h_tangent_(net.layers) {
-    const bool tangent = c.map_cotangent != nullptr;
-    // D'_out = u + s_out'' o', which h_K meets
-    const bool output_adjoint = c.potential_cotangent || net.output_activation.kind != ActivationKind::identity;
+    const bool tangent = call.map_cotangent != nullptr;
+    // h_K meets D'_out = u s_out' + s_out'' o', which is zero without u where s_out is linear
+    const bool output_adjoint = call.potential_cotangent || net.output_activation.kind != ActivationKind::identity;
     const bool dense = net.embedding != nullptr;
     narrow_ = net.width <= narrow_width;
     bool d = wanted.skip_weight || wanted.narrow || wanted.bias;
@@ -170,7 +169,7 @@ class Gradients {
   int64_t elements_per_lane() const { return per_lane_; }
   int64_t parameters() const { return parameters_; }
 
-  // Lays the operands of `lanes` lanes out in memory.
+  // Places the operands of `lanes` lanes in memory, one after another.
   const Operands<T>& place(T* memory, int64_t lanes) {
     for (const auto& [pointer, elements] : wishes_) {
       *pointer = memory;
@@ -181,12 +180,12 @@ class Gradients {
     return kept_;
   }
 
-  // Pieces of work: rows [begin, end) of a panel of a gradient; all sums over rows.
+  // A piece of work: rows [begin, end) of a column panel of a gradient.
   struct Piece {
     WeightGradient<T> gradient;
     int64_t panel, begin, end;
   };
-  // The gradients of a chunk that was swept into the placed operands, in pieces of at most `height` rows.
+  // The weight gradients of a chunk whose operands have been placed and swept, in pieces for `threads` threads.
   Few<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t threads) const {
     Few<Piece> result;
     const auto split = [&](T* gradient, int64_t rows, int64_t columns, int64_t first_unit, bool dot, const T* right,
@@ -203,10 +202,13 @@ class Gradients {
                                 .right_columns = {right_columns, columns},
                                 .add = add};
       const int64_t panels = dot ? 1 : (columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
-      // a column panel of this many rows stays in the L2 cache; every thread gets about two
-      const int64_t height = std::min<int64_t>(252, threads == 1 ? rows : (rows / (2 * threads) + 11) / 12 * 12 + 12);
-      for (int64_t p = 0; p < panels; ++p) {
-        for (int64_t row = 0; row < rows; row += height) result.push_back({g, p, row, std::min(rows, row + height)});
+      // every thread gets about two pieces of a column panel
+      const int64_t share = rounded_up(rows / (2 * threads), gradient_rows_step) + gradient_rows_step;
+      const int64_t height = std::min(gradient_rows, threads == 1 ? rows : share);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        for (int64_t row = 0; row < rows; row += height) {
+          result.push_back({g, panel, row, std::min(rows, row + height)});
+        }
       }
     };
     const int64_t units = net_.units + 1, last = net_.layers - 1;
@@ -232,7 +234,7 @@ class Gradients {
     }
   }
 
-  // The same gradients in other memory, one after the other.
+  // The same gradients in other memory, one after another.
   ParameterGradients<T> elsewhere(T* memory, Few<T*>& weights) const {
     ParameterGradients<T> other = wanted_;
     weights.assign(wanted_.weights, wanted_.weights + net_.layers);
@@ -263,10 +265,7 @@ class Gradients {
   }
 
  private:
-  int64_t whole_vectors(int64_t columns) const {
-    const int64_t n = kernels_.vector_lanes;
-    return (columns + n - 1) / n * n;
-  }
+  int64_t whole_vectors(int64_t columns) const { return rounded_up(columns, kernels_.vector_lanes); }
   int64_t weight_elements(int64_t l) const {
     return net_.hidden[l].width * (l + 1 < net_.layers ? net_.hidden[l + 1].width : 1);
   }
@@ -285,38 +284,38 @@ class Gradients {
   int64_t per_lane_ = 0, parameters_ = 0;
 };
 
-// Every thread takes a share of the rows through sweeps and weight gradients, a chunk that fits its L2 cache at a time;
-// the shares of the gradients are added in order. For small networks: operands never leave their core.
+// Every thread takes a share of the rows through sweeps and weight gradients, a chunk that fits its L2 cache at a time.
+// The shares of the gradients are added in order. This is for small networks: operands never leave their core.
 template <class T>
-void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
+void training_by_rows(const Network<T>& net, const TrainingArguments<T>& call, const ParameterGradients<T>& wanted,
                       int64_t lanes, int threads) {
-  const auto& k = kernels<T>();
-  const int64_t elements = k.training_scratch(net);
-  const int64_t tiles_in_all = (c.rows + lanes - 1) / lanes;
-  const int64_t parameters = threads > 1 ? Gradients<T>(net, c, wanted).parameters() : 0;
+  const auto& kernel = kernels<T>();
+  const int64_t elements = kernel.training_scratch(net);
+  const int64_t tiles_in_all = (call.rows + lanes - 1) / lanes;
+  const int64_t parameters = threads > 1 ? Gradients<T>(net, call, wanted).parameters() : 0;
   T* const partial = threads > 1 ? shared_memory<T>(parameters * (threads - 1)) : nullptr;
   run(threads, threads, [&](int64_t share) {
-    Gradients<T> gradients(net, c, wanted);
+    Gradients<T> gradients(net, call, wanted);
     Few<T*> weights;
     const auto target = share == 0 ? wanted : gradients.elsewhere(partial + (share - 1) * parameters, weights);
     const int64_t per_lane = gradients.elements_per_lane();
     const int64_t chunk =
-        std::max<int64_t>(1, chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes)) * lanes;
+        std::max<int64_t>(1, thread_chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes)) * lanes;
     const int64_t begin = tiles_in_all * share / threads * lanes;
-    const int64_t end = std::min(c.rows, tiles_in_all * (share + 1) / threads * lanes);
+    const int64_t end = std::min(call.rows, tiles_in_all * (share + 1) / threads * lanes);
     for (int64_t row = begin; row < end; row += chunk) {
       const auto tiles = tiles_of(row, std::min(end, row + chunk), lanes);
       T* const memory = thread_memory<T>(elements + per_lane * std::min(chunk, padded_rows(end - row)));
       const auto& kept = gradients.place(memory + elements, tiles.back().offset + tiles.back().lanes);
-      for (const auto& tile : tiles) k.training(net, c, kept, tile, memory);
+      for (const auto& tile : tiles) kernel.training(net, call, kept, tile, {memory, elements});
       for (const auto& piece : gradients.pieces(target, row > begin, 1)) {
-        k.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
+        kernel.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
       }
       gradients.sums(target, tiles, row > begin);
     }
   });
   if (threads > 1) {
-    const Gradients<T> gradients(net, c, wanted);
+    const Gradients<T> gradients(net, call, wanted);
     int64_t offset = 0;
     gradients.for_each(wanted, [&](T* gradient, int64_t count) {
       for (int share = 1; share < threads; ++share) {
@@ -328,26 +327,27 @@ void training_by_rows(const Network<T>& net, const TrainingArguments<T>& c, cons
   }
 }
 
-// Threads share the tiles of a chunk, then the elements of the weight gradients. For large networks: gradients are
-// written once.
+// Threads share the tiles of a chunk, and then the elements of the weight gradients. This is for large networks:
+// gradients are written once.
 template <class T>
-void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted,
+void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& call, const ParameterGradients<T>& wanted,
                            int64_t lanes, int threads) {
-  const auto& k = kernels<T>();
-  Gradients<T> gradients(net, c, wanted);
-  const int64_t elements = k.training_scratch(net), per_lane = gradients.elements_per_lane();
-  const int64_t affordable = shared_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes);
+  const auto& kernel = kernels<T>();
+  Gradients<T> gradients(net, call, wanted);
+  const int64_t elements = kernel.training_scratch(net), per_lane = gradients.elements_per_lane();
+  const int64_t affordable = shared_chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes);
   const int64_t chunk = std::max<int64_t>(2 * threads, affordable) * lanes;
-  for (int64_t row = 0; row < c.rows; row += chunk) {
-    const auto tiles = tiles_of(row, std::min(c.rows, row + chunk), lanes);
+  for (int64_t row = 0; row < call.rows; row += chunk) {
+    const auto tiles = tiles_of(row, std::min(call.rows, row + chunk), lanes);
     const int64_t all_lanes = tiles.back().offset + tiles.back().lanes;
     const auto& kept = gradients.place(shared_memory<T>(per_lane * all_lanes), all_lanes);
-    run(tiles.size(), threads, [&](int64_t i) { k.training(net, c, kept, tiles[i], thread_memory<T>(elements)); });
+    run(tiles.size(), threads,
+        [&](int64_t i) { kernel.training(net, call, kept, tiles[i], {thread_memory<T>(elements), elements}); });
     const auto pieces = gradients.pieces(wanted, row > 0, threads);
     run(pieces.size() + 1, threads, [&](int64_t i) {
       if (i == int64_t(pieces.size())) return gradients.sums(wanted, tiles, row > 0);
       const auto& piece = pieces[i];
-      k.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
+      kernel.weight_gradient(piece.gradient, tiles.data(), tiles.size(), piece.panel, piece.begin, piece.end);
     });
   }
 }
@@ -355,15 +355,17 @@ void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& c,
 }  // namespace
 
 template <class T>
-void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& c, const ParameterGradients<T>& wanted) {
-  if (c.rows == 0) return;
-  const int64_t lanes = tile_lanes(c.rows, kernels<T>().tile_lanes), tiles = (c.rows + lanes - 1) / lanes;
-  const int threads = threads_for(tiles, 2 * sweep_flops(net) * c.rows);
-  if (threads == 1) return training_by_rows(net, c, wanted, lanes, threads);
-  // elements moved: shares of gradients written and read, or operands read on another core
-  const Gradients<T> gradients(net, c, wanted);
-  const bool by_rows = 2 * gradients.parameters() * threads < gradients.elements_per_lane() * c.rows;
-  by_rows ? training_by_rows(net, c, wanted, lanes, threads) : training_by_gradients(net, c, wanted, lanes, threads);
+void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& call,
+                          const ParameterGradients<T>& wanted) {
+  if (call.rows == 0) return;
+  const int64_t lanes = tile_lanes(call.rows, kernels<T>().tile_lanes), tiles = (call.rows + lanes - 1) / lanes;
+  const int threads = threads_for(tiles, 2 * sweep_flops(net) * call.rows);
+  if (threads == 1) return training_by_rows(net, call, wanted, lanes, threads);
+  // elements moved: shares of gradients are written and read, or operands are read on another core
+  const Gradients<T> gradients(net, call, wanted);
+  const bool by_rows = 2 * gradients.parameters() * threads < gradients.elements_per_lane() * call.rows;
+  by_rows ? training_by_rows(net, call, wanted, lanes, threads)
+          : training_by_gradients(net, call, wanted, lanes, threads);
 }
 
 template void fused_map(const Network<float>&, const MapArguments<float>&);

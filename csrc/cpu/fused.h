@@ -1,12 +1,12 @@
 // The fused route on the CPU: a tile of rows goes through the whole network in the caches of one core. This header is
 // the contract between the tensors (fused_route.cpp), the schedule (fused.cpp) and the tiles of an instruction set
-// (fused_tile.h).
+// (fused_tile.h). Symbols are those of docs/mathematics.md.
 //
-// Inside a tile every matrix has one row per unit and one column, a lane, per row of the batch, a *panel*: element
-// (unit j, row r) lies at j * lanes + r. A full tile has tile_lanes lanes, in small batches fewer, always whole
-// vectors. Lanes beyond the batch hold v = 0, u = 0 and some row of x, so that D', h' and a' are zero there and
-// gradients need no masks. Where the panels of all tiles lie in one array, those of a tile start at
-// (lanes of the tiles before) * units. Symbols are those of the design.
+// Inside a tile every matrix is a *panel*. It has one row per unit and one column, a *lane*, per row of the batch:
+// element (unit j, row r) lies at j * lanes + r. A full tile has tile_lanes lanes, a tile of a small batch has fewer,
+// and all have whole vectors. Lanes beyond the batch hold v = 0, u = 0 and some row of x, so that D', h' and a' are
+// zero there and gradients need no masks. Where the panels of all tiles lie in one array, those of a tile start at
+// (lanes of the tiles before) * units.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ struct Network {
   T inverse_lipschitz = 0;
 };
 
-// Rows are contiguous: x (N, m), map and map_cotangent (N, d), potential and its cotangent (N).
+// Rows are contiguous: x is (N, m), map and map_cotangent are (N, d), potential and its cotangent are (N).
 template <class T>
 struct MapArguments {
   int64_t rows = 0;
@@ -52,8 +52,8 @@ template <class T>
 struct TrainingArguments {
   int64_t rows = 0;
   const T *x = nullptr, *map_cotangent = nullptr, *potential_cotangent = nullptr;  // x, v, u; one of v, u may be null
-  const T *preactivations = nullptr, *adjoints = nullptr;                          // as saved, or null
-  int64_t lowest = 0;   // the sweep goes down to this hidden layer (K: stops at the output unit)
+  const T *preactivations = nullptr, *adjoints = nullptr;                          // as the map saved them, or null
+  int64_t lowest = 0;   // the hidden layer where the sweep ends; K: it ends at the output unit
   T* grad_x = nullptr;  // (N, m)
 };
 
@@ -64,48 +64,56 @@ struct JvpArguments {
   T *map = nullptr, *map_tangent = nullptr;  // (N, d)
 };
 
-// Operands of the weight gradients of a chunk of tiles; null where not wanted.
+// Operands of the weight gradients of a chunk of tiles. A pointer is null where the operand is not wanted.
 template <class T>
 struct Operands {
   T *d_tangent = nullptr, *d = nullptr;    // panels of D' and D, S+1 units
-  T **h = nullptr, **h_tangent = nullptr;  // (K) each: h_k and h'_k, k < K in row panels, k = K in panels
-  T *x = nullptr, *v = nullptr;            // in row panels, or, where width <= narrow_width, in panels
+  T **h = nullptr, **h_tangent = nullptr;  // (K) each: h_k and h'_k, in row panels for k < K and in panels for k = K
+  T *x = nullptr, *v = nullptr;            // in row panels, or in panels where width <= narrow_width (tuning.h)
   T* constant_terms = nullptr;             // (tiles)
 };
 
-// A gradient C (rows, columns) = sum over the rows of the batch of left_0 right_0 + left_1 right_1; the second pair may
-// be absent. left: panels. right: *row panels*, where element (row r, column j) of a tile lies at
-// p * panel_columns * lanes + r * w + j - p * panel_columns with p = j / panel_columns and w the columns of panel p
-// padded to whole vectors; or panels (`dot`).
+// A gradient (rows, columns) = the sum over the rows of the batch of left_0 right_0 + left_1 right_1, where the second
+// pair may be absent. Left operands are panels. Right operands are panels with `dot`, and else *row panels*: element
+// (row r, column j) of a tile lies at p * panel_columns * lanes + r * w + j - p * panel_columns, where
+// p = j / panel_columns is the row panel of the column and w its number of columns, padded to whole vectors.
 template <class T>
 struct WeightGradient {
   T* gradient = nullptr;
   int64_t rows = 0, columns = 0;
   bool dot = false;
   const T *left[2] = {}, *right[2] = {};
-  int64_t left_units = 0, first_unit = 0;  // units in a left panel, the first used
-  int64_t right_columns[2] = {};           // <= columns: the others get nothing from this pair
+  int64_t left_units = 0, first_unit = 0;  // units of a left panel; the first of them that is used
+  int64_t right_columns[2] = {};           // the columns beyond these get nothing from this pair
   bool add = false;                        // to what earlier chunks left
 };
 
 struct Tile {
-  int64_t index = 0, offset = 0;               // in its chunk: how many tiles and lanes lie before
+  int64_t index = 0, offset = 0;               // how many tiles and lanes of its chunk come before it
   int64_t first_row = 0, rows = 0, lanes = 0;  // all tiles but the last have as many rows as lanes
+};
+
+// Scratch memory of a tile; it may be longer than the tile needs.
+template <class T>
+struct ScratchMemory {
+  T* data = nullptr;
+  int64_t elements = 0;
 };
 
 // What an instruction set provides.
 template <class T>
 struct FusedKernels {
-  int64_t tile_lanes, panel_columns, vector_lanes;  // of a full tile, a full row panel, a vector
-  int64_t (*map_scratch)(const Network<T>&);        // elements
-  int64_t (*training_scratch)(const Network<T>&);
-  void (*map)(const Network<T>&, const MapArguments<T>&, const Tile&, T* scratch);
-  void (*training)(const Network<T>&, const TrainingArguments<T>&, const Operands<T>&, const Tile&, T* scratch);
-  void (*jvp)(const Network<T>&, const JvpArguments<T>&, const Tile&, T* scratch);  // as much scratch as training
-  // Rows [begin, end) of panel `panel` of the gradient (dot: of all columns), over the tiles of the chunk.
+  int64_t tile_lanes, panel_columns, vector_lanes;  // of a full tile, of a full row panel, of a vector
+  int64_t (*map_scratch)(const Network<T>&);        // elements that map needs
+  int64_t (*training_scratch)(const Network<T>&);   // elements that training and jvp need
+  void (*map)(const Network<T>&, const MapArguments<T>&, const Tile&, const ScratchMemory<T>&);
+  void (*training)(const Network<T>&, const TrainingArguments<T>&, const Operands<T>&, const Tile&,
+                   const ScratchMemory<T>&);
+  void (*jvp)(const Network<T>&, const JvpArguments<T>&, const Tile&, const ScratchMemory<T>&);
+  // Rows [begin, end) of the gradient over the tiles of the chunk: its columns in row panel `panel`, or with `dot` all.
   void (*weight_gradient)(const WeightGradient<T>&, const Tile* tiles, int64_t count, int64_t panel, int64_t begin,
                           int64_t end);
-  // gradient[i] (+)= sum over rows of unit i of panels with `units` units.
+  // gradient (units) = the sums over all rows of panels with `units` units; with `add` they are added to it.
   void (*sum_rows)(T* gradient, const T* panels, int64_t units, const Tile* tiles, int64_t count, bool add);
 };
 
@@ -126,17 +134,14 @@ extern const AllFusedKernels fused_kernels;
 }
 #endif
 
-// grad_A of at most this width is a dot product along the rows of the batch: there a row panel would be mostly padding.
-inline constexpr int64_t narrow_width = 8;
-
-// Gradients wanted besides those in TrainingArguments; null where not.
+// Gradients besides those in TrainingArguments. A pointer is null where the gradient is not wanted.
 template <class T>
 struct ParameterGradients {
   T* skip_weight = nullptr;        // (S+1, d): D'^T x B^T + D^T v; with a dense embedding D^T v alone
   T* narrow = nullptr;             // (S+1, m): D'^T x, with a dense embedding
   T* bias = nullptr;               // (S+1)
   T* inverse_lipschitz = nullptr;  // (1)
-  T* const* weights = nullptr;     // (K), each null where not wanted
+  T* const* weights = nullptr;     // (K)
 };
 
 template <class T>

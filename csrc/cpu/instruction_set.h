@@ -1,4 +1,4 @@
-// The instruction set in use: the best that was compiled and that torch reports (ATEN_CPU_CAPABILITY lowers it).
+// The instruction set in use: the best that was compiled and that torch reports. ATEN_CPU_CAPABILITY lowers it.
 #pragma once
 
 namespace ilvae::cpu {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/instruction_set.h"
+#include "cpu/tuning.h"
 
 namespace ilvae::cpu {
 
@@ -29,12 +30,11 @@ const WeightKernels<T>& weight_kernels() {
   }
 }
 
-// Splits n elements among torch's threads. All splits but the last have whole vectors, so that the split of an element
-// does not decide how it is computed.
+// Splits n elements among torch's threads, between blocks.
 template <class Body>
 void for_element_ranges(int64_t n, const Body& body) {
-  constexpr int64_t block = 64, grain_blocks = 256;
-  at::parallel_for(0, (n + block - 1) / block, grain_blocks,
+  constexpr int64_t block = weight_block_elements;
+  at::parallel_for(0, (n + block - 1) / block, weight_grain_elements / block,
                    [&](int64_t begin, int64_t end) { body(begin * block, std::min(n, end * block)); });
 }
 
@@ -49,11 +49,10 @@ const RowKernels<Real, Operand>& select() {
   }
 }
 
-// Splits the rows among torch's threads, at least this many elements each.
+// Splits the rows among torch's threads.
 template <class Body>
 void for_row_ranges(int64_t rows, int64_t width, const Body& body) {
-  constexpr int64_t grain_elements = 8192;
-  at::parallel_for(0, rows, std::max<int64_t>(1, grain_elements / width), body);
+  at::parallel_for(0, rows, std::max<int64_t>(1, row_grain_elements / width), body);
 }
 
 template <class Real, class Operand>

@@ -1,4 +1,4 @@
-// CPU kernels of core/pointwise.h: what each instruction set provides, and the choice among them.
+// The CPU kernels of core/pointwise.h: what each instruction set provides, and the choice among them.
 #pragma once
 
 #include "core/bfloat16.h"
@@ -35,7 +35,7 @@ extern const AllKernels kernels;
 }
 #endif
 
-// Multi-threaded kernels for the instruction set in use.
+// The kernels of the instruction set in use, on all of torch's threads.
 template <class Real, class Operand>
 const PointwiseKernels<Real, Operand>& pointwise_kernels();
 

@@ -1,8 +1,8 @@
-// The pointwise kernels, on a range of rows or of weights, written once and compiled for each instruction set
-// (pointwise_*.cpp define ILVAE_ISA and set the flags). Loops run along a row, where memory is contiguous.
+// The pointwise kernels on a range of rows or of weights, written once and compiled for each instruction set:
+// pointwise_*.cpp define ILVAE_ISA and set the flags. Loops run along a row, where memory is contiguous.
 //
-// Nothing here may leave an inline function with external linkage in the object file (no standard containers): the
-// linker could take a copy that needs AVX-512 for every other file.
+// This file must not leave an inline function with external linkage in the object file, and therefore uses no standard
+// containers: the linker could take a copy that needs AVX-512 for every other file.
 #include <cstdint>
 
 #include "core/bfloat16.h"
@@ -85,7 +85,7 @@ static void turn_rows(const HiddenLayer<Real, Operand>& layer, const OutputUnit<
   const Real* const bias = layer.bias;
   const Real* const w = out.weight;
   Real* const first_w = scratch;       // w s'(a_K) of one row
-  Real* const second_w = scratch + n;  // w s''(a_K) a'_K
+  Real* const second_w = scratch + n;  // w s''(a_K) a'_K of the same row
   for (int64_t i = begin; i < end; ++i) {
     const Real* const a = layer.a.row(i);
     Operand* const h = layer.h ? layer.h.row(i) : nullptr;

@@ -7,20 +7,13 @@
 #include <utility>
 
 #include "core/activations.h"
+#include "cpu/tuning.h"
 
 namespace ilvae::cpu::ILVAE_ISA {
 
 #define ILVAE_INLINE static inline __attribute__((always_inline))
 
-#if defined(__AVX512F__)
-inline constexpr int vector_bytes = 64, panel_vectors = 4;  // 6 x 4 accumulators of 32 registers
-#elif defined(__AVX2__)
-inline constexpr int vector_bytes = 32, panel_vectors = 2;  // 6 x 2 of 16
-#else
-inline constexpr int vector_bytes = 16, panel_vectors = 2;
-#endif
-// More lanes read the weights less often; the panels of a layer still stay close.
-inline constexpr int tile_bytes = 256;
+inline constexpr int vector_bytes = registers.vector_bytes, panel_vectors = registers.panel_vectors;
 
 template <class T>
 struct VectorTypes;
@@ -39,11 +32,12 @@ using Vector = typename VectorTypes<T>::vector;
 
 template <class T>
 inline constexpr int lanes_of = vector_bytes / sizeof(T);
-// Columns of a full row panel, as many as the accumulators hold; rows of a full tile.
+// Columns of a full row panel, as many as the accumulators hold.
 template <class T>
 inline constexpr int64_t panel_columns = panel_vectors * lanes_of<T>;
+// Rows of a full tile.
 template <class T>
-inline constexpr int64_t tile_lanes = tile_bytes / sizeof(T);
+inline constexpr int64_t tile_lanes = tile_bytes_per_unit / sizeof(T);
 
 template <class T>
 ILVAE_INLINE Vector<T> load(const T* p) {
@@ -56,8 +50,9 @@ ILVAE_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Several vectors as one number to compute with. An activation is a chain of some thirty dependent instructions: the
-// chains of different vectors, instruction by instruction in turns, fill the time that one chain waits for itself.
+// Several vectors as one number to compute with. An activation is a chain of some thirty dependent instructions, most
+// of whose time is spent waiting for itself. The compiler interleaves the chains of different vectors, and they fill
+// each other's time.
 template <class T, int vectors>
 struct Wide {
   using Index = typename VectorTypes<T>::index;
@@ -132,19 +127,19 @@ struct Wide {
   }
 };
 
-// Calls body(i, derivatives of s at a[i], ..) for n elements, a whole number of vectors: four vectors at a time while
-// there are as many.
+// Calls body(i, derivatives of s at a[i] and the elements after it) for n elements, a whole number of vectors. It takes
+// activation_vectors vectors at a time while there are as many.
 template <class T, class Function, class Body>
 ILVAE_INLINE void activate(const Function& s, const T* a, int64_t n, const Body& body) {
-  constexpr int64_t four = 4 * lanes_of<T>;
+  constexpr int64_t several = activation_vectors * lanes_of<T>;
   int64_t i = 0;
-  for (; i + four <= n; i += four) body(i, s(Wide<T, 4>::load(a + i)));
+  for (; i + several <= n; i += several) body(i, s(Wide<T, activation_vectors>::load(a + i)));
   for (; i < n; i += lanes_of<T>) body(i, s(Wide<T, 1>::load(a + i)));
 }
 
 namespace detail {
 
-// Exchanges the off-diagonal step x step blocks of rows i and i + step.
+// Exchanges the off-diagonal step x step blocks of a pair of rows that are `step` apart.
 template <class T, int step, int... lane>
 ILVAE_INLINE void exchange(Vector<T>& upper, Vector<T>& lower, std::integer_sequence<int, lane...>) {
   constexpr int n = lanes_of<T>;
@@ -170,8 +165,8 @@ ILVAE_INLINE void transpose_square(Vector<T> (&rows)[lanes_of<T>]) {
   }
 }
 
-// The same steps, each adding what it brought together: lane j of v[0] becomes a sum of lanes of v[j % count], those
-// j % count, j % count + count, .. stand for all.
+// The same steps, each of which adds what it has brought together. Afterwards lane j of v[0] is a sum over some lanes
+// of v[j % count]; the lanes j, j + count, j + 2 count and so on together have all of them.
 template <class T, int count, int step = 1>
 ILVAE_INLINE void add_crosswise(Vector<T>* v) {
   if constexpr (step < count) {
@@ -218,8 +213,10 @@ static void transpose(T* to, int64_t to_stride, const T* from, int64_t from_stri
 #pragma GCC unroll 16
         for (int r = 0; r < n; ++r) store(target + r * to_stride, square[r]);
       } else {
-        for (int64_t c = 0; c < n && j + c < columns; ++c) {
-          for (int64_t r = 0; r < n && i + r < rows; ++r) target[c * to_stride + r] = source[r * from_stride + c];
+        for (int64_t column = 0; column < n && j + column < columns; ++column) {
+          for (int64_t r = 0; r < n && i + r < rows; ++r) {
+            target[column * to_stride + r] = source[r * from_stride + column];
+          }
         }
       }
     }

@@ -1,5 +1,5 @@
-// Gradients of the weights as sums over the rows of the batch: products of the operands that the sweeps left (layouts
-// in fused.h). Part of fused_tile.h.
+// Gradients of the weights: sums over the rows of the batch, as products of the operands that the sweeps left. The
+// layouts of the operands are in fused.h. Part of fused_tile.h.
 #pragma once
 
 #include "cpu/fused.h"
@@ -7,65 +7,82 @@
 
 namespace ilvae::cpu::ILVAE_ISA {
 
-// Columns of panel p of a matrix with `columns` columns, padded to whole vectors.
+// Columns of row panel `panel` of a matrix with `columns` columns, padded to whole vectors.
 template <class T>
-ILVAE_INLINE int64_t padded_columns(int64_t columns, int64_t p) {
-  const int64_t left = columns - p * panel_columns<T>, n = lanes_of<T>;
-  return left >= panel_columns<T> ? panel_columns<T> : (left + n - 1) / n * n;
+ILVAE_INLINE int64_t padded_columns(int64_t columns, int64_t panel) {
+  const int64_t left = columns - panel * panel_columns<T>;
+  return left >= panel_columns<T> ? panel_columns<T> : rounded_up(left, lanes_of<T>);
 }
 
+// Elements of the row panels of `lanes` rows.
 template <class T>
 ILVAE_INLINE int64_t row_panel_elements(int64_t columns, int64_t lanes) {
-  return (columns + lanes_of<T> - 1) / lanes_of<T> * lanes_of<T> * lanes;
+  return rounded_up(columns, lanes_of<T>) * lanes;
 }
 
-// More re-read the operands from the L2 cache, fewer the gradient.
-inline constexpr int64_t tiles_at_once = 4;
-
-// Rows [begin, end) of a panel of the gradient, `tiles_at_once` tiles in one pass.
+// Columns [first, first + valid) of a gradient, which are those of a row panel. The panel has `width` columns; where it
+// has padding, the gradient has no room for it and is worked on aside.
 template <class T>
-static void weight_gradient_panel(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t panel,
-                                  int64_t begin, int64_t end) {
-  const int64_t first = panel * panel_columns<T>, width = padded_columns<T>(g.columns, panel);
-  const int64_t valid = g.columns - first < width ? g.columns - first : width;
-  // A panel with padding is worked on aside, a few rows at a time: the gradient has no room for it.
-  constexpr int64_t strip = 8 * block_rows;
-  T aside[strip * panel_columns<T>];
-  const bool whole = valid == width;
-  for (int64_t i = begin; i < end; i += whole ? end - begin : strip) {
-    const int64_t rows = whole ? end - begin : (end - i < strip ? end - i : strip);
-    T* const target = g.gradient + i * g.columns + first;
-    T* const c = whole ? target : aside;
-    const int64_t stride = whole ? g.columns : width;
-    bool add = g.add;
-    if (add && !whole) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < width; ++j) aside[r * width + j] = j < valid ? target[r * g.columns + j] : T(0);
-      }
+struct ColumnPanel {
+  int64_t first, width, valid;
+
+  ILVAE_HD ColumnPanel(int64_t columns, int64_t panel)
+      : first(panel * panel_columns<T>),
+        width(padded_columns<T>(columns, panel)),
+        valid(columns - first < width ? columns - first : width) {}
+  ILVAE_HD bool padded() const { return valid < width; }
+};
+
+// Adds the pairs of tiles [begin, end) to `rows` rows, from row i on, of a column panel that lies at `target`.
+template <class T>
+ILVAE_INLINE void add_tiles(T* target, int64_t stride, bool add, const WeightGradient<T>& g, const Tile* tiles,
+                            int64_t begin, int64_t end, const ColumnPanel<T>& panel, int64_t i, int64_t rows) {
+  Term<T> terms[2 * tiles_at_once];
+  int used = 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t lanes = tiles[t].lanes, offset = tiles[t].offset;
+    for (int pair = 0; pair < 2; ++pair) {
+      if (!g.left[pair] || panel.first >= g.right_columns[pair]) continue;
+      terms[used++] = {g.left[pair] + offset * g.left_units + (g.first_unit + i) * lanes, lanes,
+                       g.right[pair] + offset * row_panel_elements<T>(g.columns, 1) + panel.first * lanes, lanes};
     }
-    for (int64_t t = 0; t < count;) {
-      Term<T> terms[2 * tiles_at_once];
-      int used = 0;
-      for (const int64_t stop = t + tiles_at_once < count ? t + tiles_at_once : count; t < stop; ++t) {
-        const int64_t lanes = tiles[t].lanes, offset = tiles[t].offset;
-        for (int pair = 0; pair < 2; ++pair) {
-          if (!g.left[pair] || first >= g.right_columns[pair]) continue;
-          terms[used++] = {g.left[pair] + offset * g.left_units + (g.first_unit + i) * lanes, lanes,
-                           g.right[pair] + offset * row_panel_elements<T>(g.columns, 1) + first * lanes, lanes};
-        }
-      }
-      detail::all_rows<Order::rows, T>({c, stride, width, nullptr, add, terms, used}, rows);
+  }
+  detail::all_rows<Order::rows, T>({target, stride, panel.width, nullptr, add, terms, used}, rows);
+}
+
+// Rows [begin, end) of a column panel of the gradient, `tiles_at_once` tiles in one pass.
+template <class T>
+static void weight_gradient_panel(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t index,
+                                  int64_t begin, int64_t end) {
+  const ColumnPanel<T> panel(g.columns, index);
+  const auto all_tiles = [&](T* target, int64_t stride, int64_t i, int64_t rows) {
+    bool add = g.add;
+    for (int64_t t = 0; t < count; t += tiles_at_once) {
+      const int64_t stop = t + tiles_at_once < count ? t + tiles_at_once : count;
+      add_tiles(target, stride, add, g, tiles, t, stop, panel, i, rows);
       add = true;
     }
-    if (!whole) {
+  };
+  if (!panel.padded()) return all_tiles(g.gradient + begin * g.columns + panel.first, g.columns, begin, end - begin);
+  T aside[aside_rows * panel_columns<T>];
+  for (int64_t i = begin; i < end; i += aside_rows) {
+    const int64_t rows = end - i < aside_rows ? end - i : aside_rows;
+    T* const target = g.gradient + i * g.columns + panel.first;
+    if (g.add) {
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < valid; ++j) target[r * g.columns + j] = aside[r * width + j];
+        for (int64_t j = 0; j < panel.width; ++j) {
+          aside[r * panel.width + j] = j < panel.valid ? target[r * g.columns + j] : T(0);
+        }
       }
+    }
+    all_tiles(aside, panel.width, i, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < panel.valid; ++j) target[r * g.columns + j] = aside[r * panel.width + j];
     }
   }
 }
 
-// A block of dot products along the rows of the batch.
+// A block of dot products along the rows of the batch, for the elements (i.., j..) of the gradient.
 template <int rows, int columns, class T>
 static void dot_block(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t i, int64_t j) {
   Vector<T> sum[rows][columns] = {};
@@ -77,42 +94,44 @@ static void dot_block(const WeightGradient<T>& g, const Tile* tiles, int64_t cou
       const T* const right = g.right[pair] + offset * g.right_columns[pair] + j * lanes;
       const int64_t present = g.right_columns[pair] - j;
       for (int64_t r = 0; r < lanes; r += lanes_of<T>) {
-        Vector<T> a[rows];
+        Vector<T> of_left[rows];
 #pragma GCC unroll 8
-        for (int p = 0; p < rows; ++p) a[p] = load(left + p * lanes + r);
+        for (int row = 0; row < rows; ++row) of_left[row] = load(left + row * lanes + r);
 #pragma GCC unroll 8
-        for (int q = 0; q < columns; ++q) {
-          if (q >= present) break;
-          const auto b = load(right + q * lanes + r);
+        for (int column = 0; column < columns; ++column) {
+          if (column >= present) break;
+          const auto of_right = load(right + column * lanes + r);
 #pragma GCC unroll 8
-          for (int p = 0; p < rows; ++p) sum[p][q] += a[p] * b;
+          for (int row = 0; row < rows; ++row) sum[row][column] += of_left[row] * of_right;
         }
       }
     }
   }
   T sums[rows][columns];
   sum_lanes<T, rows * columns>(sums[0], sum[0]);
-  for (int p = 0; p < rows; ++p) {
-    for (int q = 0; q < columns; ++q) {
-      T& target = g.gradient[(i + p) * g.columns + j + q];
-      target = (g.add ? target : T(0)) + sums[p][q];
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column) {
+      T& target = g.gradient[(i + row) * g.columns + j + column];
+      target = (g.add ? target : T(0)) + sums[row][column];
     }
   }
 }
 
+// Rows [begin, end) of the gradient, of its columns in row panel `panel` or, with g.dot, of all columns.
 template <class T>
 static void weight_gradient(const WeightGradient<T>& g, const Tile* tiles, int64_t count, int64_t panel, int64_t begin,
                             int64_t end) {
   if (!g.dot) return weight_gradient_panel(g, tiles, count, panel, begin, end);
+  // Blocks fill the registers: eight rows at a time, or, of the last rows, eight columns.
   int64_t i = begin;
-  const auto rows_with = [&]<int rows, int columns>(int64_t j) {
-    for (int64_t p = i; p < i + 8; p += rows) dot_block<rows, columns>(g, tiles, count, p, j);
+  const auto eight_rows = [&]<int rows, int columns>(int64_t j) {
+    for (int64_t row = i; row < i + 8; row += rows) dot_block<rows, columns>(g, tiles, count, row, j);
   };
   for (; i + 8 <= end; i += 8) {
     int64_t j = 0;
-    for (; j + 4 <= g.columns; j += 4) rows_with.template operator()<4, 4>(j);
-    for (; j + 2 <= g.columns; j += 2) rows_with.template operator()<8, 2>(j);
-    for (; j < g.columns; ++j) rows_with.template operator()<8, 1>(j);
+    for (; j + 4 <= g.columns; j += 4) eight_rows.template operator()<4, 4>(j);
+    for (; j + 2 <= g.columns; j += 2) eight_rows.template operator()<8, 2>(j);
+    for (; j < g.columns; ++j) eight_rows.template operator()<8, 1>(j);
   }
   for (; i < end; ++i) {
     int64_t j = 0;
@@ -121,6 +140,7 @@ static void weight_gradient(const WeightGradient<T>& g, const Tile* tiles, int64
   }
 }
 
+// gradient (units) = the sums over all rows of panels with `units` units, or, with `add`, these on top.
 template <class T>
 static void sum_rows(T* gradient, const T* panels, int64_t units, const Tile* tiles, int64_t count, bool add) {
   const auto sum_units = [&]<int n>(int64_t i) {
