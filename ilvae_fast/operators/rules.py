@@ -18,7 +18,7 @@ from . import native, plain
 from .activations import decode
 from .operands import Operands
 from .plain import Static
-from .transforms import along, transposed_pull_back
+from .transforms import along, forward_modes_nested, living, transposed_pull_back
 
 
 def _differentiable(
@@ -50,10 +50,10 @@ def _differentiable(
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            needed = ctx.needs_input_grad[1:]
+            needed, saved = ctx.needs_input_grad[1:], living(ctx.saved_tensors)
             if first_order is not None:
-                return (None, *first_order(ctx.static, ctx.saved_tensors, needed, cotangents))
-            return (None, *plain.gradients(plain_function, ctx.static, ctx.saved_tensors, needed, cotangents))
+                return (None, *first_order(ctx.static, saved, needed, cotangents))
+            return (None, *plain.gradients(plain_function, ctx.static, saved, needed, cotangents))
 
         @staticmethod
         def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -78,8 +78,9 @@ def _differentiable(
             return torch.vmap(function, tuple(d for d in dims if d is not None))(*batched), 0
 
     def function(static: Static, *tensors: Tensor | None) -> Any:
-        # compiled regions cannot trace functions with rules
-        return plain_function(static, *tensors) if is_compiling() else Rules.apply(static, *tensors)
+        # compiled regions cannot trace functions with rules, and nested forward modes lose their tangents
+        whole = plain_function if is_compiling() or forward_modes_nested() else Rules.apply
+        return whole(static, *tensors)
 
     Rules.__name__ = Rules.__qualname__ = name
     return function

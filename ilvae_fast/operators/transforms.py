@@ -27,6 +27,27 @@ def transforms_active() -> bool:
     return any(i.key() != _functorch.TransformType.Functionalize for i in _functorch.get_interpreter_stack() or ())
 
 
+def forward_modes_nested() -> bool:
+    """Whether a ``torch.autograd.Function`` would lose tangents here: under two forward modes or more.
+
+    Its rule is then applied at one level alone, and the tangents of the others become silent zeros (pytorch issue
+    197867). Dual levels of ``torch.autograd.forward_ad`` nest neither in each other nor in those of ``torch.func``.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = _functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _functorch.TransformType.Jvp for level in levels) > 1
+
+
+def living(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return tensors without the wrappers of transformations that are over.
+
+    The pull-back that ``torch.func.vjp`` returns runs when its level is over, and finds what a
+    ``torch.autograd.Function`` saved still wrapped. Operators take that, and a new level around it does not.
+    """
+    return [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
+
+
 def pull_back(function: Function, primals: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Function]:
     """Return the values of ``function`` and its vector-Jacobian product, a function of a tuple of cotangents."""
     return _vjp(function, *primals)

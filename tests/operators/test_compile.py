@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
+from torch._dynamo.utils import counters
 
 import ilvae_fast as il
 
@@ -66,3 +68,24 @@ def test_double_backward_of_a_compiled_region_is_refused():
     loss = compiled(x).square().sum()
     with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
         torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].sum(), x)
+
+
+@pytest.mark.parametrize("nonneg", ["square", "softplus"])
+@pytest.mark.parametrize("name", ["forward", "potential", "jvp"])
+def test_compiled_autograd_of_an_eager_forward_pass(name, nonneg):
+    layer = il.BrenierMap(3, (4, 5), nonneg=nonneg, inverse_lipschitz=il.Trained(0.5), dtype=torch.float64)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    variables = [x, *layer.parameters()]
+
+    def loss():
+        value = layer.jvp(x, x.detach())[1] if name == "jvp" else getattr(layer, name)(x)
+        return value.square().sum()
+
+    expected = torch.autograd.grad(loss(), variables)
+    value = loss()
+    torch._dynamo.reset()
+    counters["compiled_autograd"].clear()
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="aot_eager")):
+        value.backward()
+    assert counters["compiled_autograd"]["captures"] == 1
+    torch.testing.assert_close([v.grad for v in variables], list(expected), rtol=1e-12, atol=1e-12)
