@@ -21,11 +21,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = [ROOT / "csrc", ROOT / "ilvae_fast", ROOT / "tests", ROOT / "benchmarks", ROOT / "docs", ROOT / "examples"]
 SKIPPED = {"__pycache__", "build", ".venv"}
 
-# cpu.md names a file that is being merged. To be deleted when it is there.
-once_merged = pytest.mark.xfail(
-    not (ROOT / "csrc" / "cpu" / "tuning.h").exists(), reason="csrc/cpu/tuning.h is not here yet"
-)
-
 
 def _text(path: str | Path) -> str:
     return (ROOT / path).read_text()
@@ -173,9 +168,7 @@ def test_the_map_of_the_code_is_that_of_the_tree():
     assert {f for f in folders if "__pycache__" not in f} <= set(paths)
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, id=p.name, marks=[once_merged] if p.name == "cpu.md" else []) for p in PAGES]
-)
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name) for p in PAGES])
 def test_files_that_a_page_names_exist(page):
     known = _files()
     names, paths = {file.name for file in known}, {str(file.relative_to(ROOT)) for file in known}

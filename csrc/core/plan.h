@@ -37,7 +37,8 @@ struct Choice {
   std::string reason;  // on CUDA devices; words() has the others, which a call does not build
 };
 
-// Above this many hidden weights recomputing the sweep costs more than saving it is worth (benchmarks/NOTES.md).
+// Above this many hidden weights recomputing the sweep costs more than saving it is worth
+// (docs/internals/cpu.md#recompute-or-save).
 inline constexpr int64_t recompute_weights = 8192;
 
 // The map alone, without autograd, of so few rows of a network with so many parameters only streams the weights. On the

@@ -190,7 +190,8 @@ class BrenierDecoder(nn.Module):
         The mean of ``decoder(z)`` over the prior becomes ``likelihood.marginal(x)``, carried by the output's skip row
         of T2; B (unless it is ``"identity"``) takes the principal directions of the scores ``d log p(x|z) / d f``
         there. For a Gaussian these are the data's mean and principal directions. The deviations along them are not
-        matched: orthonormal columns carry none, and scaling T1's rows did not pay (``benchmarks/NOTES.md``). Other
+        matched: orthonormal columns carry none, and scaling T1's rows did not pay
+        (``benchmarks/NOTES.md#why-the-decoder-fitted-worse-than-an-mlp``). Other
         weights stay as they are. No random numbers are drawn, so that all processes of a run start alike.
 
         Args:

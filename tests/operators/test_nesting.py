@@ -1,8 +1,8 @@
 """Every nesting of the transformations of ``torch.func``, to depth 3, of every public function.
 
 The compiled operators against the reference, which is plain autograd and has no function with rules of its own.
-At depth 3 the functions take turns, and hessian, which is jacfwd of jacrev and so deeper than it looks, is left out. The
-environment variable ILVAE_FAST_ALL_NESTINGS asks for everything: 399 nestings of each of six functions.
+At depth 3 the functions take turns, and hessian, which is jacfwd of jacrev and so deeper than it looks, is left out.
+The environment variable ILVAE_FAST_ALL_NESTINGS asks for everything: 399 nestings of each of six functions.
 """
 
 import itertools
