@@ -10,6 +10,7 @@ class Plan:
     map_flops: float
     training_flops: float
     saved_bytes: int
+    few_rows: bool
 
 def build_info() -> dict[str, Any]: ...
 def plan(

@@ -91,6 +91,7 @@ struct Plan {
   bool recompute = false;
   double map_flops = 0, training_flops = 0;  // multiply-adds counted as two; the pointwise steps are not counted
   int64_t saved_bytes = 0;                   // from forward to backward, besides inputs and weights
+  bool few_rows = false;                     // the map alone, without autograd, takes the matmul route: few_rows()
 };
 
 inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
@@ -106,10 +107,8 @@ inline Plan plan(const Shape& s, Route wanted, std::optional<bool> recompute) {
   p.route = choice.route == Route::fused ? "fused" : "matmul";
   p.reason = words(choice);
   p.recompute = choice.recompute;
-  if (wanted == Route::automatic && choice.route == Route::fused && !s.cuda &&
-      few_rows(s.rows, hidden + s.width * (units + 1))) {
-    p.reason += "; the map alone, without autograd, of so few rows: matmul";
-  }
+  p.few_rows = wanted == Route::automatic && choice.route == Route::fused && !s.cuda &&
+               few_rows(s.rows, hidden + s.width * (units + 1));
   // up with P = x (A B)^T, down with T = D A
   p.map_flops = 2 * n * (skip_in + skip_out + 2 * hidden) + embedding;
   // tangents up with P' = v A^T, adjoints down with D' A B, then D'^T x (m wide) and D^T v (d wide) and the

@@ -17,9 +17,6 @@
 
 namespace ilvae::cpu {
 
-using ilvae::padded_rows;
-using ilvae::row_padding;
-
 struct HiddenUnits {
   int64_t width = 0, first = 0;  // n_k and the first packed row
   Activation activation;

@@ -46,8 +46,11 @@ struct Static {
   }
 
   void keep(AutogradContext* ctx) const {
-    std::vector<c10::IValue> packed{product_dtype ? int64_t(*product_dtype) : int64_t(-1), route, wanted};
+    std::vector<c10::IValue> packed;
     packed.reserve(3 + 2 * activations.size());
+    packed.emplace_back(product_dtype ? int64_t(*product_dtype) : int64_t(-1));
+    packed.emplace_back(route);
+    packed.emplace_back(wanted);
     for (size_t k = 0; k < activations.size(); ++k) {
       packed.emplace_back(activations[k]);
       packed.emplace_back(parameters[k]);
@@ -86,7 +89,8 @@ class Kept {
 variable_list in_order(variable_list own, const Tensor& x, const Tensor& skip_weight, const Tensor& bias,
                        const Tensor& constant, const OptionalTensor& embedding, at::TensorList weights) {
   own.reserve(own.size() + grad_weights + weights.size() + 3);  // and what potential_and_map saves
-  for (const auto& t : {x, skip_weight, bias, constant, embedding.value_or(Tensor())}) own.push_back(t);
+  for (const auto* const t : {&x, &skip_weight, &bias, &constant}) own.push_back(*t);
+  own.push_back(embedding ? *embedding : Tensor());
   own.insert(own.end(), weights.begin(), weights.end());
   return own;
 }
@@ -109,7 +113,8 @@ variable_list spread(variable_list terms, int64_t needed, size_t count) {
 }
 
 // Whether autograd has to see a call. Forward mode never can: that is what the Python functions are for.
-bool records(const char* name, const Operands& o, std::initializer_list<OptionalTensor> own = {}) {
+template <class... Own>
+bool records(const char* name, const Operands& o, const Own&... own) {
   bool requires_grad = false;
   const auto look = [&](const Tensor& t) {
     if (!t.defined()) return;
@@ -119,9 +124,7 @@ bool records(const char* name, const Operands& o, std::initializer_list<Optional
     requires_grad = requires_grad || t.requires_grad();
   };
   for (size_t i = 0; i < o.gradients(); ++i) look(o[i]);
-  for (const auto& t : own) {
-    if (t) look(*t);
-  }
+  (look(own), ...);
   return requires_grad && at::GradMode::is_enabled();
 }
 
@@ -291,7 +294,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> potential_and_map(const Operands
 
 std::vector<Tensor> training_terms(const Operands& o, const OptionalTensor& map_cotangent,
                                    const OptionalTensor& potential_cotangent, at::TensorList saved, int64_t wanted) {
-  if (!records(TrainingTerms::name, o, {map_cotangent, potential_cotangent})) {
+  if (!records(TrainingTerms::name, o, map_cotangent.value_or(Tensor()), potential_cotangent.value_or(Tensor()))) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call<TrainingTerms>(o, map_cotangent, potential_cotangent, saved, wanted);
   }
@@ -301,7 +304,7 @@ std::vector<Tensor> training_terms(const Operands& o, const OptionalTensor& map_
 }
 
 std::tuple<Tensor, Tensor> map_jvp(const Operands& o, const Tensor& tangent) {
-  if (!records(MapJvp::name, o, {tangent})) {
+  if (!records(MapJvp::name, o, tangent)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return call<MapJvp>(o, tangent);
   }

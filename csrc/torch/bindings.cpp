@@ -60,7 +60,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("recompute", &ilvae::Plan::recompute)
       .def_readonly("map_flops", &ilvae::Plan::map_flops)
       .def_readonly("training_flops", &ilvae::Plan::training_flops)
-      .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes);
+      .def_readonly("saved_bytes", &ilvae::Plan::saved_bytes)
+      .def_readonly("few_rows", &ilvae::Plan::few_rows);
   m.def("plan",
         [](int64_t rows, int64_t input, int64_t width, std::vector<int64_t> widths, bool dense, int64_t real_bytes,
            int64_t operand_bytes, int route, std::optional<bool> recompute, int64_t cuda_shared_bytes, bool tf32) {

@@ -55,16 +55,11 @@ class Operands(NamedTuple):
             route=ROUTES[self.route],
             recompute=self.recompute,
             device=self.x.device,
+            recorded=self.recorded(),
         )
         if backend.current_backend() == "reference":
             return replace(p, route="reference", reason="use_backend or ILVAE_FAST_BACKEND asks for it")
-        # the plan of a shape leaves open whether autograd records the call, on which this exception depends
-        reason, alone, _ = p.reason.partition("; the map alone, without autograd, of so few rows")
-        if self.recorded():
-            return replace(p, reason=reason)
-        if alone:
-            p = replace(p, route="matmul", reason="the map alone, without autograd, of so few rows")
-        return replace(p, saved_bytes=0)
+        return p
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

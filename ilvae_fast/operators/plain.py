@@ -27,29 +27,14 @@ class Static(NamedTuple):
     route: int = 0
 
 
-def potential_and_map(
-    static: Static,
-    x: Tensor,
-    skip_weight: Tensor,
-    bias: Tensor,
-    inverse_lipschitz: Tensor,
-    embedding: Tensor | None,
-    *weights: Tensor,
-) -> tuple[Tensor, ...]:
+def potential_and_map(static: Static, *tensors: Any) -> tuple[Tensor, ...]:
     """Return potential (...) and map (..., d), or the one that is wanted."""
-    log.plain("potential_and_map", x)
-    return _potential_and_map(static, x, skip_weight, bias, inverse_lipschitz, embedding, *weights)
+    log.plain("potential_and_map", tensors[0])
+    return _potential_and_map(static, *tensors)
 
 
-def _potential_and_map(
-    static: Static,
-    x: Tensor,
-    skip_weight: Tensor,
-    bias: Tensor,
-    inverse_lipschitz: Tensor,
-    embedding: Tensor | None,
-    *weights: Tensor,
-) -> tuple[Tensor, ...]:
+def _potential_and_map(static: Static, *tensors: Any) -> tuple[Tensor, ...]:
+    x, skip_weight, bias, inverse_lipschitz, embedding, *weights = tensors
     width, dtype = skip_weight.shape[-1], result_dtype(x)
     options: dict[str, Any] = {
         "activations": static.activations.layers,
@@ -82,8 +67,7 @@ def map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor | None)
     outputs = Static(static.activations, (False, True))
 
     def function(x: Tensor) -> tuple[Tensor, ...]:
-        # of the tensors only the embedding may be None, which the type of the tuple cannot say
-        return _potential_and_map(outputs, x, *tensors)  # type: ignore[arg-type]
+        return _potential_and_map(outputs, x, *tensors)
 
     push = along if forward_ad._current_level < 0 else transposed_pull_back
     (value,), (derivative,) = push(function, [x], [tangent])

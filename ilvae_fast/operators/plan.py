@@ -65,6 +65,7 @@ def plan(
     route: str = "auto",
     recompute: bool | None = None,
     device: str | torch.device = "cpu",
+    recorded: bool | None = None,
 ) -> Plan:
     """Say which route a map takes and what it costs: a pure function of shape and dtype.
 
@@ -83,6 +84,8 @@ def plan(
         device: "cpu" or a CUDA device. The fused kernels depend on the device's shared memory; where there is no
             device, that of an H100 counts. So does torch's setting for float32 products
             (``torch.set_float32_matmul_precision``).
+        recorded: whether autograd records the call. Without it nothing is saved, and few rows of a large network take
+            another route. None: the plan is that of a recorded call, and the reason names the exception.
 
     Returns:
         The costs of the map, and of the training terms with all gradients and one map cotangent.
@@ -118,7 +121,15 @@ def plan(
         raise ValueError(f"route: got {route!r}, wanted {p.route!r}: {p.reason}")
     given, result = _elements(batch, m, in_features, hidden_features, dense), batch * in_features
     map_bytes, training_bytes = dtype.itemsize * (given + result), dtype.itemsize * (2 * given + result)
-    return Plan(p.route, p.reason, p.recompute, p.map_flops, p.training_flops, p.saved_bytes, map_bytes, training_bytes)
+    taken, reason, saved_bytes = p.route, p.reason, p.saved_bytes
+    alone = "the map alone, without autograd, of so few rows"
+    if recorded is None and p.few_rows:
+        reason = f"{reason}; {alone}: matmul"
+    elif recorded is False:
+        saved_bytes = 0
+        if p.few_rows:
+            taken, reason = "matmul", alone
+    return Plan(taken, reason, p.recompute, p.map_flops, p.training_flops, saved_bytes, map_bytes, training_bytes)
 
 
 def _elements(batch: int, m: int, d: int, widths: Sequence[int], dense: bool) -> int:
