@@ -111,14 +111,14 @@ DECODERS: dict[str, Decoder | None] = {
     "squared, then leaky_relu": Decoder.of(activation="leaky_relu", first_activation="squared_leaky_relu"),
     "softplus weights": Decoder.of(nonneg="softplus"),
     "exp weights": Decoder.of(nonneg="exp"),
-    "abs weights": Decoder.of(nonneg="abs"),
+    "square weights": Decoder.of(nonneg="square"),
     "random start": Decoder.of(initialization="random"),
     "widths 64x2, 256x2": Decoder.of(widths=((64, 64), (256, 256))),
     "widths 128x2, 512": Decoder.of(widths=((128, 128), (512,))),
 }
 FINALISTS = ("MLP", "default")  # with all seeds, on all tasks
 FACTORS = ("MNIST 3000, Gaussian", "digits, Gaussian", "words, Poisson")
-RIVALS = ("full_rank embedding", "softplus(5)", "abs weights")  # within a few percent at seed 0: with all seeds, too
+RIVALS = ("full_rank embedding", "softplus(5)", "square weights")  # within a few percent at seed 0: with all seeds, too
 MAPS: dict[str, dict[str, Any]] = {
     "default": {},
     "earlier defaults": {"activation": "softplus", "nonneg": "softplus"},
@@ -129,7 +129,7 @@ MAPS: dict[str, dict[str, Any]] = {
     "squared, then leaky_relu": {"activation": "leaky_relu", "first_activation": "squared_leaky_relu"},
     "softplus weights": {"nonneg": "softplus"},
     "exp weights": {"nonneg": "exp"},
-    "abs weights": {"nonneg": "abs"},
+    "square weights": {"nonneg": "square"},
     "identity start": {"initialization": "identity"},
 }
 

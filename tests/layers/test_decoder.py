@@ -278,9 +278,10 @@ def _foreign_init(module):
 
 
 @pytest.mark.parametrize("embedding", EMBEDDINGS)
-def test_a_decoder_learns_after_another_initialisation(embedding):
+@pytest.mark.parametrize("nonneg", ["square", "abs"])
+def test_a_decoder_learns_after_another_initialisation(embedding, nonneg):
     torch.manual_seed(0)
-    decoder, z = il.BrenierDecoder(10, 784, embedding=embedding, nonneg="square"), torch.randn(32, 10)
+    decoder, z = il.BrenierDecoder(10, 784, embedding=embedding, nonneg=nonneg), torch.randn(32, 10)
     largest = [float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max())]
     decoder.apply(_foreign_init)
     largest.append(float(torch.linalg.svdvals(decoder.jacobian(z).detach()).max()))
