@@ -266,8 +266,9 @@ class BrenierMap(WithConstant):
     def inverse(self, y: Tensor) -> Tensor:
         """Return x with ``T(x) = y``: (..., d) -> (..., d), by Newton's method in float64.
 
-        It is differentiable once, with respect to y and the parameters (:mod:`ilvae_fast.layers.inversion`). It reads
-        back to the host, and so works neither in compiled regions nor under ``torch.func``.
+        It is differentiable any number of times with respect to y and the parameters
+        (:mod:`ilvae_fast.layers.inversion`). It reads back to the host, and so works neither in compiled regions nor
+        under ``torch.func``.
 
         Raises:
             ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..operators import dispatch
+from ..operators import dispatch, plain
 from ..operators.activations import EncodedActivations
 from ..operators.operands import Operands, check_finite
 
@@ -26,7 +25,7 @@ _DECREASE = 1e-4  # of what the slope promises, for a step to be taken (Armijo)
 
 
 def inverse(operands: Operands) -> Tensor:
-    """x (..., d) with ``T(x) = y``, once differentiable with respect to y and all operands.
+    """x (..., d) with ``T(x) = y``, differentiable any number of times with respect to y and all operands.
 
     Args:
         operands: of the map, with y (..., d) in the place of x.
@@ -38,21 +37,9 @@ def inverse(operands: Operands) -> Tensor:
     check_smooth(operands.activations)
     y = operands.x
     check_finite("y", y)
-    exact = Operands(
-        _exact(y),
-        _exact(operands.skip_weight),
-        _exact(operands.bias),
-        [_exact(w) for w in operands.weights],
-        _exact(operands.inverse_lipschitz),
-        embedding=None,
-        activations=operands.activations,
-        route=0,
-        recompute=None,
-    )
-    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
-        solved = exact._replace(x=_minimiser(exact))
-    map_there = dispatch.potential_and_map(operands._replace(x=solved.x.to(y.dtype)), False, True)[1]
-    return _Implicit.apply(map_there - y, solved)
+    with torch.autocast(y.device.type, enabled=False):
+        x = _Inverse.apply(operands.activations, *(_exact(t) for t in _tensors(operands)))
+    return x.to(y.dtype, copy=True)  # the backward pass keeps x as it is now, and the caller may change the result
 
 
 def check_smooth(activations: EncodedActivations) -> None:
@@ -68,26 +55,74 @@ def check_smooth(activations: EncodedActivations) -> None:
             )
 
 
-class _Implicit(torch.autograd.Function):
-    """The x of ``solved``, where ``residual(x) = 0``, with ``dx = -(dT/dx)^{-1} d residual``: the implicit function
-    theorem."""
+class _Inverse(torch.autograd.Function):
+    """x with ``T(x) = y``, and ``dx = (dT/dx)^{-1} (dy - d_theta T)``: the implicit function theorem.
+
+    The backward pass is made of differentiable functions of x, which is the result of this one, and of the operands.
+    """
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, solved: Operands) -> Tensor:
-        ctx.solved = solved
-        # a tensor of its own in float64 too: the caller may change it, and would keep it alive for ever
-        return solved.x.to(residual.dtype, copy=True)
+    def forward(ctx: Any, activations: EncodedActivations, y: Tensor, *parameters: Tensor) -> Tensor:
+        x = _minimiser(_operands(activations, y, *parameters))
+        x = x.clone() if x is y else x
+        ctx.activations = activations
+        ctx.save_for_backward(x, *parameters)
+        return x
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_y, *needed = ctx.needs_input_grad
         with torch.autocast(cotangent.device.type, enabled=False):
-            step = _solve(_hessian(ctx.solved), cotangent.double(), 1e-12)
-        return -step.to(cotangent.dtype), None
+            step = _Step.apply(ctx.activations, cotangent, *ctx.saved_tensors)
+            if not any(needed):
+                return None, step, *(None for _ in needed)
+            operands = _operands(ctx.activations, *ctx.saved_tensors)
+            skip_weight, bias, constant, *weights = needed
+            bits = enumerate([False, skip_weight, bias, constant, False, *weights])
+            terms = dispatch.training_terms(operands, -step, None, sum(1 << i for i, wanted in bits if wanted))
+        _, skip_weight, bias, constant, _, *weights = terms
+        return None, step if needs_y else None, skip_weight, bias, constant, *weights
+
+
+class _Step(torch.autograd.Function):
+    """z with ``dT/dx z = target``, and ``dz = (dT/dx)^{-1} (d target - d(dT/dx) z)``."""
+
+    @staticmethod
+    def forward(ctx: Any, activations: EncodedActivations, target: Tensor, *at: Tensor) -> Tensor:
+        z = _solve(_hessian(_operands(activations, *at)), target, 1e-12)
+        ctx.activations = activations
+        ctx.save_for_backward(z, *at)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_target, *needed = ctx.needs_input_grad
+        z, *at = ctx.saved_tensors
+        with torch.autocast(cotangent.device.type, enabled=False):
+            step = _Step.apply(ctx.activations, cotangent, *at)
+            # <-step, dT/dx z> has the gradients in x and the parameters
+            tensors = (z, *_operands(ctx.activations, *at).in_order())
+            x, skip_weight, bias, constant, *weights = needed
+            moving = (False, x, skip_weight, bias, constant, False, *weights)
+            static = plain.Static(ctx.activations, ())
+            gradients = plain.gradients(plain.map_jvp, static, tensors, moving, (torch.zeros_like(step), -step))
+        _, x, skip_weight, bias, constant, _, *weights = gradients
+        return None, step if needs_target else None, x, skip_weight, bias, constant, *weights
+
+
+def _tensors(operands: Operands) -> tuple[Tensor, ...]:
+    x, skip_weight, bias, weights, constant, *_ = operands
+    return x, skip_weight, bias, constant, *weights
+
+
+def _operands(
+    activations: EncodedActivations, x: Tensor, skip_weight: Tensor, bias: Tensor, constant: Tensor, *weights: Tensor
+) -> Operands:
+    return Operands(x, skip_weight, bias, weights, constant, None, activations, route=0, recompute=None)
 
 
 def _exact(t: Tensor) -> Tensor:
-    return t.detach().to(torch.float64, copy=True)  # the backward pass wants it as it is now
+    return t.to(torch.float64, copy=True)  # the backward pass wants it as it is now
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

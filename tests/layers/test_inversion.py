@@ -106,12 +106,64 @@ class _Inverse(torch.nn.Module):
         return self.layer.inverse(y)
 
 
-def test_a_second_derivative_is_refused():
-    layer = _layer()
-    y = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    (first,) = torch.autograd.grad(layer.inverse(y).square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+def _small(constant=0.4):
+    """A layer whose inverse bends, and its inverse as a function of y and all parameters."""
+    layer = _layer(2, (3, 2), scale=2.0, inverse_lipschitz=il.Trained(constant))
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def inverse(y, *parameters):
+        bound = {f"layer.{n}": p for n, p in zip(names, parameters, strict=True)}
+        return torch.func.functional_call(_Inverse(layer), bound, (y,))
+
+    return layer, inverse, (torch.randn(2, 2, dtype=torch.float64, requires_grad=True), *values)
+
+
+def test_second_derivatives_of_the_inverse():
+    _, inverse, arguments = _small()
+    assert torch.autograd.gradgradcheck(inverse, arguments, eps=1e-5, atol=1e-6)
+
+
+def _newton(layer, y):
+    """The inverse by Newton steps in plain autograd, from the solution. k steps are right to order 2^k - 1."""
+    x = layer.inverse(y).detach()
+    for _ in range(2):
+        jacobian = torch.func.vmap(torch.func.jacrev(layer))(x)
+        x = x - torch.linalg.solve(jacobian, layer(x) - y)
+    return x
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_derivatives_of_the_inverse_are_those_of_newton_steps(order):
+    layer, _, (y, *parameters) = _small()
+
+    def derivative(x):
+        value = x.pow(3).sum()
+        for _ in range(order):
+            gradients = torch.autograd.grad(value, [y, *parameters], create_graph=True)
+            value = sum(g.square().sum() for g in gradients)
+        return gradients
+
+    ours = derivative(layer.inverse(y))
+    with il.use_backend("reference"):
+        expected = derivative(_newton(layer, y))
+    for a, b in zip(ours, expected, strict=True):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8 * (1 + float(b.abs().max())))
+
+
+@pytest.mark.parametrize("wanted", ["y", "skip_weight", "bias", "raw_weights.0"])
+def test_second_derivatives_of_one_argument_alone(wanted):
+    layer, _, (y, *_) = _small()
+    layer.requires_grad_(False)
+    variable = dict(layer.named_parameters(), y=y)[wanted]
+    y.requires_grad_(wanted == "y")
+    variable.requires_grad_()
+
+    def second(x):
+        (first,) = torch.autograd.grad(x.pow(3).sum(), variable, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), variable)[0]
+
+    torch.testing.assert_close(second(layer.inverse(y)), second(_newton(layer, y)), rtol=1e-7, atol=1e-8)
 
 
 def test_both_backends_agree():
