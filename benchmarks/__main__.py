@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import ilvae_fast as il
-from benchmarks import peers, plots
+from benchmarks import peers, plots, second_order
 from benchmarks.peers import PEERS, Problem, Step
 from benchmarks.record import RESULTS, provenance, write
 from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
@@ -202,7 +202,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
 def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SECONDS, default="small", help="small: a quick look; full: steady medians")
+    suites = (*SECONDS, "second-order")
+    parser.add_argument("--suite", choices=suites, default="small", help="small: a quick look; full: steady medians")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}")
@@ -215,6 +216,14 @@ def main() -> None:
         console = Console(width=220)
 
     dtype, device = DTYPES[arguments.dtype], arguments.device
+    if arguments.suite == "second-order":
+        if (arguments.device, arguments.dtype) != ("cpu", "float32"):
+            parser.error("--suite second-order is timed on the CPU, in float32")
+        path = arguments.json or RESULTS / f"cpu-{il.build_info()['cpu']}-second-order.json"
+        of_second_order = {**provenance(), **second_order.measure(console, SECONDS["full"])}
+        second_order.show(console, of_second_order)
+        finish(console, path, of_second_order, arguments.check)
+        return
     chosen = arguments.peers or [
         name for name in PEERS if "JAX" not in name or (device == "cpu" and importlib.util.find_spec("jax"))
     ]
@@ -257,16 +266,20 @@ def main() -> None:
             entry["fraction_of_matmul_ceiling"] = rate / result["matmul_ceiling"]
         result["forward"] = [done(forward(s, n, seconds, **options)) for s in FORWARD for n in FORWARD_ROWS]
     result["geometric_mean"] = statistics.geometric_mean([row["ratio"] for row in result["rows"]])
-    missed = failures(result, baseline) if "lidvae" in result else []
-    result["missed"] = missed
+    result["missed"] = failures(result, baseline) if "lidvae" in result else []
     show(console, result)
-    console.print("written:", str(write(path, result)))
     if arguments.plot:
         for picture in plots.draw(result, path.with_suffix("")):
             console.print("drawn:", str(picture))
-    for line in missed:
+    finish(console, path, result, arguments.check)
+
+
+def finish(console: Console, path: Path, result: dict[str, Any], check: bool) -> None:
+    """Write a result, and say what it missed."""
+    console.print("written:", str(write(path, result)))
+    for line in result["missed"]:
         console.print(f"missed: {line}")
-    if arguments.check and missed:
+    if check and result["missed"]:
         raise SystemExit(1)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from benchmarks import defaults, fits, memory, peers, plots, record, suite, timing
+from benchmarks import defaults, fits, memory, peers, plots, record, second_order, suite, timing
 from benchmarks.__main__ import again_when_calm, check, failures, milliseconds, timed
 from benchmarks.peers import PEERS, Problem
 from benchmarks.record import RESULTS
@@ -28,6 +28,18 @@ def test_every_step_is_right(name, latent, raw):
     make = {"ours": peers.ours, "expert": peers.expert}.get(name) or PEERS[name]
     exact = [t.detach() for t in peers.eager(problem.double())()]
     check(name, problem, make(problem), exact)
+
+
+@pytest.mark.parametrize("kind", ["penalty", "logabsdet"])
+def test_every_step_of_second_order_is_right(kind):
+    makers = {"penalty": second_order.PENALTY_STEPS, "logabsdet": second_order.LOGABSDET_STEPS}[kind]
+    truth = {"penalty": "plain torch", "logabsdet": "torch.func"}[kind]
+    result = second_order.row((3, (6, 5), 7), makers, truth, seconds=0.0)
+    assert list(result["milliseconds"]) == list(makers)
+    problem = Problem(3, (6, 5), 7)
+    exact = [t.detach() for t in makers[truth](problem.double())()]
+    with pytest.raises(SystemExit, match="tampered is wrong"):
+        second_order.right("tampered", problem, lambda: [1.01 * t for t in makers[truth](problem)()], exact)
 
 
 def test_a_wrong_peer_is_not_timed():

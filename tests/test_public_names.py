@@ -38,9 +38,9 @@ NAMES = {
 }
 METHODS = {
     "BrenierMap": "extra_repr forward get_extra_state inverse inverse_lipschitz jacobian jvp logabsdet nonneg_weights "
-    "operands plan potential potential_and_map reset_parameters set_extra_state",
+    "operands plan potential potential_and_map project_ reset_parameters set_extra_state",
     "BrenierDecoder": "embedding_matrix extra_repr forward get_extra_state initialize inverse_lipschitz "
-    "inverse_lipschitz_bound jacobian jvp plan reset_parameters set_extra_state",
+    "inverse_lipschitz_bound jacobian jvp plan project_ reset_parameters set_extra_state",
     "Advice": "cost forced plot",
 }
 PLAN = "route reason recompute map_flops training_flops saved_bytes map_bytes training_bytes"

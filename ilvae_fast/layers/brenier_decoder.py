@@ -183,6 +183,11 @@ class BrenierDecoder(nn.Module):
         self.data_map.reset_parameters()
         self._reset_embedding()
 
+    def project_(self) -> None:
+        """Raise negative weights to 0 in place: after an optimiser step, with ``nonneg="none"``."""
+        self.latent_map.project_()
+        self.data_map.project_()
+
     @torch.no_grad()
     def initialize(self, x: Tensor, likelihood: str | Likelihood) -> None:
         """Start from the data, as the best model that ignores z, with B along the principal directions of the data.

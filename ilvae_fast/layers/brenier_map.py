@@ -12,6 +12,7 @@ from .._support.checks import check_positive, check_sizes
 from .._support.errors import unknown_name
 from ..operators import dispatch
 from ..operators.activations import Activation, as_activation, decode, encode
+from ..operators.hessian import hessian
 from ..operators.operands import MAX_LAYERS, Operands, prepare
 from ..operators.plan import Plan, route_code
 from . import inversion
@@ -187,6 +188,16 @@ class BrenierMap(WithConstant):
             f"defaults were others. Pass {given} as it was then (by default activation='softplus', nonneg='softplus')"
         )
 
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Raise negative weights to 0 in place: after an optimiser step, with ``nonneg="none"``.
+
+        The potential is convex again, and the guarantee holds. Other parametrisations are never negative.
+        """
+        if self.nonneg.name == "none":
+            for raw in self.raw_weights:
+                raw.clamp_(min=0)
+
     def nonneg_weights(self) -> list[Tensor]:
         """Return the effective, non-negative weights [W_2, .., W_K, w]."""
         return self.nonneg.of_all(list(self.raw_weights))
@@ -245,8 +256,13 @@ class BrenierMap(WithConstant):
         check_input(self._input[0], x, self.in_features, self._input[1], self.skip_weight)
 
     def jacobian(self, x: Tensor) -> Tensor:
-        """Return ``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L."""
+        """Return ``dT/dx``: (..., d) -> (..., d, d), symmetric with eigenvalues >= L.
+
+        Where autograd records, it is the Hessian of the potential in closed form, whose own derivatives are fast.
+        """
         self._check(x)
+        if (operands := self.operands(x)).recorded():
+            return hessian(operands)
         return stacked_tangents(self.jvp, x)
 
     def logabsdet(self, x: Tensor) -> Tensor:
@@ -271,11 +287,20 @@ class BrenierMap(WithConstant):
         under ``torch.func``.
 
         Raises:
-            ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
+            ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out, or
+                weights are negative, so that the potential is not convex (``nonneg="none"`` without :meth:`project_`).
             RuntimeError: there is no such x, or it was not found, as may be with L = 0.
         """
         check_input("y", y, self.in_features, "in_features", self.skip_weight)
-        return inversion.inverse(self.operands(y))
+        operands = self.operands(y)
+        if self.nonneg.name == "none":
+            for k, weight in enumerate(operands.weights):
+                if bool((weight < 0).any()):
+                    raise ValueError(
+                        f"nonneg_weights[{k}]: got a smallest value of {float(weight.detach().min()):g}, wanted values "
+                        ">= 0, or the potential is not convex and the map has no inverse: layer.project_()"
+                    )
+        return inversion.inverse(operands)
 
     def extra_repr(self) -> str:
         *hidden, output = self._activations.layers

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..operators.operands import check_inverse_lipschitz
+from ..operators.operands import as_constant, assert_constant, check_inverse_lipschitz
 from .nonneg import NonNegative, as_nonnegative
 
 Self = TypeVar("Self", bound="WithConstant")
@@ -81,6 +81,10 @@ class WithConstant(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "inverse_lipschitz":  # nn.Module would refuse a number for a buffer
             self._configured = None
+            if torch.compiler.is_compiling():
+                # not below: an error in a compiled region's no_grad would leave gradients off
+                value = value if isinstance(value, Tensor) else as_constant(check_inverse_lipschitz(value))
+                assert_constant(value, positive=self.trained is not None)
             self._fill_inverse_lipschitz(value)
         else:
             super().__setattr__(name, value)
@@ -91,20 +95,32 @@ class WithConstant(nn.Module):
             if value.numel() != 1:
                 raise ValueError(f"inverse_lipschitz: got shape {tuple(value.shape)}, wanted one element")
             value = value.detach().reshape(1)
-            if type(value) is Tensor and value.is_cpu:  # reading it elsewhere would wait for the device
+            if (
+                type(value) is Tensor and value.is_cpu and not torch.compiler.is_compiling()
+            ):  # reading it elsewhere would wait for the device
                 check_inverse_lipschitz(value.item())
         else:
             value = check_inverse_lipschitz(value.item() if isinstance(value, np.generic) else value)
-            value = torch.tensor([value], dtype=torch.float64, device="cpu")
+            value = as_constant(value)
         name, store = self._constant_slot()
+        if getattr(self, "_is_replica", False):  # of DataParallel: its tensors may be those of the original
+            self._replace_in_replica(name, value)
+            return
         if name not in store:
             raise ValueError(f"inverse_lipschitz: {name} is parametrised; assign to the parameters it is made from")
         if store[name].is_meta and not value.is_meta:
             self._constant_to_come = value
         filling = value if self.trained is None else self.trained.raw(value)
-        if type(filling) is Tensor and filling.is_cpu and not filling.isfinite():
+        eager = type(filling) is Tensor and filling.is_cpu and not torch.compiler.is_compiling()
+        if self.trained is not None and eager and not filling.isfinite():
             raise ValueError(f"inverse_lipschitz: got {value.item()}, wanted a number > 0 for a trained constant")
         store[name].copy_(filling)
+
+    def _replace_in_replica(self, name: str, value: Tensor) -> None:
+        """Give a replica an L of its own. Its parameters are attributes; torch keeps them in no dictionary."""
+        place: dict[str, Any] = self._buffers if self.trained is None else self.__dict__
+        before = place[name]
+        place[name] = (value if self.trained is None else self.trained.raw(value)).to(before.device, before.dtype)
 
     def _constant_slot(self) -> tuple[str, dict[str, Any]]:
         """Return where L or its raw parameter is kept: its name, and the parameters or buffers."""
@@ -138,10 +154,18 @@ class WithConstant(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
-        warn_of_other_constants({f"{prefix}inverse_lipschitz": self}, state_dict)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
         name, store = self._constant_slot()
         given = state_dict.get(prefix + name)
+        if (refusal := _refusal(prefix + name, given, self.trained)) is not None:
+            errors = rest[-1]
+            errors.append(refusal)
+            # what is there already stays: torch copies a whole state before it raises the errors
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + name}
+            missing: list[str] = []
+            super()._load_from_state_dict(state_dict, prefix, metadata, rest[0], missing, *rest[2:])
+            return
+        warn_of_other_constants({f"{prefix}inverse_lipschitz": self}, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
         if not metadata.get("assign_to_params_buffers") or given is None or name not in store:
             return
         dtype = torch.promote_types(given.dtype, torch.float32)
@@ -155,6 +179,16 @@ class WithConstant(nn.Module):
             return "trained"
         constant = self.inverse_lipschitz
         return "meta" if constant.is_meta else f"{constant.item():g}"
+
+
+def _refusal(name: str, given: Any, trained: NonNegative | None) -> str | None:
+    """Say why a loaded L, or its raw parameter, cannot be one; None if it can, or cannot be read here."""
+    if not isinstance(given, Tensor) or given.numel() != 1 or not given.is_cpu or not given.is_floating_point():
+        return None
+    value = given.item()
+    if trained is not None:
+        return None if math.isfinite(value) else f"{name}: got {value}, wanted a finite number"
+    return None if 0 <= value < math.inf else f"{name}: got {value}, wanted a finite number >= 0"
 
 
 def accept_constants(model: nn.Module) -> None:

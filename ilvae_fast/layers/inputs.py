@@ -23,6 +23,12 @@ def check_input(argument: str, value: Any, width: int | None, meaning: str, para
         raise TypeError(
             f"{argument}: got {type(value).__name__}, wanted a tensor; torch.as_tensor makes one of arrays and lists"
         )
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested" if value.is_nested else f"a {value.layout}"
+        raise TypeError(
+            f"{argument}: got {kind} tensor, wanted a dense one: {argument}.to_dense(), or "
+            f"{argument}.to_padded_tensor(0.0) of a nested one"
+        )
     shape, dtype, wanted, device = value.shape, value.dtype, parameter.dtype, value.device
     if width is not None and (not shape or shape[-1] != width):
         raise ValueError(f"{argument}: got shape {tuple(shape)}, wanted (..., {width}), {meaning} values each")
@@ -51,3 +57,5 @@ def check_tangent(v: Any, argument: str, value: Tensor) -> None:
         raise TypeError(f"v: got {type(v).__name__}, wanted a tensor")
     if v.shape != value.shape:
         raise ValueError(f"v: got shape {tuple(v.shape)}, wanted that of {argument}, {tuple(value.shape)}")
+    if v.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise ValueError(f"v: got dtype {v.dtype}, wanted that of {argument}, {value.dtype}")

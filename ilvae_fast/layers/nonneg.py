@@ -47,8 +47,8 @@ class NonNegative:
     about one over a layer's width. ``square`` and ``abs`` map 0 to 0: weight decay shrinks the map towards ``L x``, and
     small raw weights (``xavier_normal_``) leave a map that is flatter than a fresh one, but learns. ``softplus`` and
     ``exp`` map 0 to 0.69 and 1: weight decay makes the map steeper at first, and ``xavier_normal_`` takes the largest
-    singular value of the Jacobian of ``BrenierDecoder(10, 784)`` up a hundredfold and more. Use ``abs`` (the default) or ``square``, or call
-    ``reset_parameters()`` of the map or decoder after such an initialisation.
+    singular value of the Jacobian of ``BrenierDecoder(10, 784)`` up a hundredfold and more. Use one of the former, of
+    which ``abs`` is the default, or call ``reset_parameters()`` of the map or decoder after such an initialisation.
 
     Raises:
         ValueError: unknown name (the nearest one is named) or a parameter outside its range.

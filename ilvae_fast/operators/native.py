@@ -1,4 +1,4 @@
-"""The compiled operators at operands. Nothing else knows the order of their arguments (csrc/torch/operators.h)."""
+"""The compiled operators at operands, whose order (csrc/torch/operators.h) nothing else knows but ``flops.py``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
+from . import flops as flops
 from .extension import _C
 from .operands import Operands
 

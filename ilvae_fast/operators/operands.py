@@ -79,7 +79,8 @@ def check_inverse_lipschitz(value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"inverse_lipschitz: got {type(value).__name__}, wanted a float or a tensor with one element")
-    if not 0 <= value < math.inf:  # a comparison, which compiled regions guard on
+    # a compiled region has one graph for all values, which finds out as it runs (assert_constant)
+    if not torch.compiler.is_compiling() and not 0 <= value < math.inf:
         raise ValueError(f"inverse_lipschitz: got {value!r}, wanted a finite number >= 0")
     return value
 
@@ -98,7 +99,11 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     # Making a tensor takes a few percent of a small call, so constants are kept. Not kept is what a compiled region, a
     # transformation or a mode makes, nor what lies on a GPU, where it may belong to a graph that is being captured.
     plain = type(like) is Tensor or type(like) is torch.nn.Parameter
-    if not (plain and like.is_cpu) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        constant = as_constant(value, dtype, like.device)
+        assert_constant(constant)
+        return constant
+    if not (plain and like.is_cpu) or torch._C._are_functorch_transforms_active():
         return torch.full((1,), value, dtype=dtype, device=like.device)
     kept = _constants.get((value, dtype))
     if kept is None:
@@ -107,6 +112,18 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
         if type(kept) is Tensor and len(_constants) < 64:
             _constants[value, dtype] = kept
     return kept
+
+
+def as_constant(value: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    """Return a number as a tensor (1,). torch.full would make compiled regions compile anew for each value."""
+    return torch.ones(1, dtype=dtype, device=device) * value
+
+
+def assert_constant(constant: Tensor, positive: bool = False) -> None:
+    """Refuse an L (1,) that is no finite number >= 0, or > 0, while a compiled region runs."""
+    fits = (constant > 0) if positive else (constant >= 0)
+    wanted = "> 0 for a trained constant" if positive else ">= 0"
+    torch._assert_async(fits & constant.isfinite(), f"inverse_lipschitz: wanted a finite number {wanted}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -57,7 +57,7 @@ def training_terms(
     cotangents = [c for c in (potential_cotangent, map_cotangent) if c is not None]
     outputs = Static(static.activations, (potential_cotangent is not None, map_cotangent is not None))
     function, arguments = of_some(_potential_and_map, outputs, tensors, static.wanted)
-    values, pull = pull_back(function, arguments)
+    values, pull = pull_back(function, arguments, tensors)
     return pull(tuple(c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)))
 
 
@@ -77,10 +77,10 @@ def map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor | None)
 def of_some(
     function: Callable[..., tuple[Tensor, ...]],
     static: Static,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Any],
     chosen: Sequence[bool],
-) -> tuple[Function, list[Tensor | None]]:
-    """Return ``function`` of its chosen tensors alone, and those tensors."""
+) -> tuple[Function, list[Tensor]]:
+    """Return ``function`` of its chosen tensors alone, and those tensors, of which none is None."""
     index = [i for i, is_chosen in enumerate(chosen) if is_chosen]
 
     def restricted(*some: Tensor) -> tuple[Tensor, ...]:
@@ -97,15 +97,19 @@ def gradients(
     static: Static,
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
-    cotangents: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return the vector-Jacobian product of ``function`` with respect to the needed tensors; None for the others."""
+    """Return the vector-Jacobian product of ``function`` with respect to the needed tensors; None for the others.
+
+    A cotangent that is None is zero.
+    """
     restricted, arguments = of_some(function, static, tensors, needed)
-    _, pull = pull_back(restricted, arguments)
-    return spread(pull(tuple(cotangents)), needed)
+    values, pull = pull_back(restricted, arguments, tensors)
+    given = (v.new_zeros(()).expand(v.shape) if c is None else c for c, v in zip(cotangents, values, strict=True))
+    return spread(pull(tuple(given)), needed)
 
 
-def spread(terms: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+def spread(terms: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Return the next term where one is wanted and None elsewhere."""
     remaining = iter(terms)
     return [next(remaining) if w else None for w in wanted]

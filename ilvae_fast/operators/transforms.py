@@ -48,9 +48,35 @@ def living(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
 
 
-def pull_back(function: Function, primals: Sequence[Tensor | None]) -> tuple[tuple[Tensor, ...], Function]:
-    """Return the values of ``function`` and its vector-Jacobian product, a function of a tuple of cotangents."""
-    return _vjp(function, *primals)
+def pull_back(
+    function: Function, primals: Sequence[Tensor], others: Sequence[Tensor | None] = ()
+) -> tuple[tuple[Tensor, ...], Function]:
+    """Return the values of ``function`` and its vector-Jacobian product, a function of a tuple of cotangents.
+
+    Args:
+        others: further tensors that ``function`` reads.
+    """
+    whole = [t for t in (*primals, *others) if t is not None]
+    inference = torch.is_inference_mode_enabled() or any(t.is_inference() for t in whole)
+    if transforms_active() or is_compiling() or inference:
+        return _vjp(function, *primals)
+    # torch.func refuses hooks of saved tensors, such as those of checkpoints and offloading
+    enabled = torch.is_grad_enabled()
+    recorded = enabled and any(t.requires_grad for t in whole)
+    with torch.enable_grad():
+        # tensors of their own: one primal may depend on another, or be it
+        inputs = [t.view_as(t) if recorded and t.requires_grad else t.detach().requires_grad_() for t in primals]
+        values = function(*inputs)
+
+    def pull(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pairs = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
+        if not pairs:  # of a constant
+            return tuple(torch.zeros_like(t) for t in primals)
+        some, of_some = zip(*pairs, strict=True)
+        keep = recorded or (enabled and any(c.requires_grad for c in of_some))
+        return torch.autograd.grad(some, inputs, of_some, create_graph=keep, materialize_grads=True)
+
+    return values if recorded else tuple(v.detach() for v in values), pull
 
 
 def along(

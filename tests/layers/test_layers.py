@@ -212,9 +212,136 @@ def test_compiled_regions_refuse_a_bad_constant_too(bad):
     for value in (0.5, 0.7, 2.0):
         torch.testing.assert_close(fill(value), layer(x))
         assert layer.inverse_lipschitz.item() == pytest.approx(value)
-    with pytest.raises(ValueError, match="wanted a finite number >= 0"):
+    with pytest.raises(RuntimeError, match="inverse_lipschitz: wanted a finite number >= 0"):
         fill(bad)
     assert layer.inverse_lipschitz.item() == 2.0
+
+
+@pytest.mark.parametrize("constant", [1.0, il.Trained(1.0)], ids=["constant", "trained"])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_compiled_region_has_one_graph_for_all_constants(constant, kind):
+    layer, x = il.BrenierMap(5, (4,), inverse_lipschitz=constant), torch.randn(2, 5)
+    compiled = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=compiled, fullgraph=True)
+    def fill(value):
+        layer.inverse_lipschitz = value
+        return layer(x)
+
+    for value in (0.5, 0.7, 2.0, 1.0, 0.25, 3.0):
+        torch.testing.assert_close(fill(kind(value)), layer(x))
+        assert layer.inverse_lipschitz.item() == pytest.approx(value)
+    assert compiled.frame_count <= 2  # the first float is a constant; the second makes all floats variables
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(RuntimeError, match="inverse_lipschitz: wanted a finite number >"):
+            fill(kind(bad))
+        assert torch.is_grad_enabled()
+        assert layer.inverse_lipschitz.item() == pytest.approx(3.0)
+
+
+def test_a_compiled_function_has_one_graph_for_all_constants():
+    layer, x = il.BrenierMap(5, (4,)), torch.randn(2, 5)
+    arguments = (layer.skip_weight, layer.bias, layer.nonneg_weights())
+    options = {"activations": ("softplus", "identity")}
+    compiled = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=compiled, fullgraph=True)
+    def function(value):
+        return il.functional.brenier_map(x, *arguments, inverse_lipschitz=value, **options)
+
+    for value in (0.5, 0.7, 2.0, 1.0, 0.0):
+        expected = il.functional.brenier_map(x, *arguments, inverse_lipschitz=value, **options)
+        torch.testing.assert_close(function(value), expected)
+    assert compiled.frame_count <= 2
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(RuntimeError, match="inverse_lipschitz: wanted a finite number >= 0"):
+            function(bad)
+
+
+@pytest.mark.parametrize("constant", [0.5, il.Trained(0.5)], ids=["constant", "trained"])
+def test_a_replica_of_data_parallel_has_a_constant_of_its_own(constant):
+    layer, x = il.BrenierMap(3, (4,), inverse_lipschitz=constant, dtype=torch.float64), torch.randn(2, 3).double()
+    before = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():  # as torch.nn.parallel.replicate does, on one device
+        setattr(replica, name, parameter.view_as(parameter))
+    torch.testing.assert_close(replica(x), before)
+    replica.inverse_lipschitz = 0.75
+    torch.testing.assert_close(replica(x), before + 0.25 * x)
+    torch.testing.assert_close(layer(x), before)
+    assert layer.inverse_lipschitz.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_a_bad_constant_is_refused(bad, assign):
+    layer = il.BrenierMap(3, (4,), inverse_lipschitz=0.5)
+    state = {**layer.state_dict(), "inverse_lipschitz": torch.tensor([bad])}
+    with pytest.raises(RuntimeError, match=r"inverse_lipschitz: got (-1\.0|nan|inf), wanted a finite number >= 0"):
+        layer.load_state_dict(state, assign=assign)
+    assert layer.inverse_lipschitz.item() == 0.5
+    trained = il.BrenierMap(3, (4,), inverse_lipschitz=il.Trained(0.5))
+    state = {**trained.state_dict(), "raw_inverse_lipschitz": torch.tensor([float("nan")])}
+    with pytest.raises(RuntimeError, match="raw_inverse_lipschitz: got nan, wanted a finite number"):
+        trained.load_state_dict(state, assign=assign)
+    assert trained.inverse_lipschitz.item() == pytest.approx(0.5)
+
+
+def test_inputs_that_are_not_dense_are_refused():
+    layer = il.BrenierMap(3, (4,))
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)])
+    jagged = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged)
+    for value, kind in (
+        (nested, "a nested"), (jagged, "a nested"), (torch.eye(3).to_sparse(), r"a torch\.sparse_coo"),
+        (torch.eye(3).to_sparse_csr(), r"a torch\.sparse_csr"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"^x: got {kind} tensor, wanted a dense one"):
+            layer(value)
+    quantised = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    with pytest.raises(ValueError, match=r"^x: got dtype torch\.qint8, wanted torch\.float32"):
+        layer(quantised)
+
+
+def test_a_tangent_of_another_dtype_is_refused():
+    layer, x = il.BrenierMap(3, (4,)), torch.randn(2, 3)
+    with pytest.raises(ValueError, match=r"^v: got dtype torch.float64, wanted that of x, torch.float32"):
+        layer.jvp(x, x.double())
+
+
+def test_projected_weights_are_non_negative():
+    layer = il.BrenierMap(3, (16, 8), nonneg="none", inverse_lipschitz=0.5, dtype=torch.float64)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.05)
+    x = torch.randn(64, 3, dtype=torch.float64)
+    for _ in range(20):
+        optimiser.zero_grad()
+        layer(x).square().sum(-1).mean().backward()
+        optimiser.step()
+    assert any((w < 0).any() for w in layer.nonneg_weights())
+    with pytest.raises(ValueError, match=r"nonneg_weights\[\d\]: got a smallest value of -.*layer\.project_\(\)"):
+        layer.inverse(x)
+    before = [w.detach().clone() for w in layer.nonneg_weights()]
+    layer.project_()
+    for a, b in zip(layer.nonneg_weights(), before, strict=True):
+        assert torch.equal(a, b.clamp(min=0))
+    y = layer(x).detach()
+    error = torch.linalg.vector_norm(layer(layer.inverse(y)) - y, dim=-1)
+    assert (error <= 1e-9 * (1 + torch.linalg.vector_norm(y, dim=-1))).all()
+    decoder = il.BrenierDecoder(2, 4, ((4,), (4,)), nonneg="none")
+    with torch.no_grad():
+        for parameter in (*decoder.latent_map.raw_weights, *decoder.data_map.raw_weights):
+            parameter.neg_()
+    decoder.project_()
+    assert all((w == 0).all() for m in (decoder.latent_map, decoder.data_map) for w in m.nonneg_weights())
+
+
+@pytest.mark.parametrize("dim", [1, None])
+def test_weight_norm_of_the_skip_weight(dim):
+    layer, x = il.BrenierMap(3, (4,)), torch.randn(2, 3)
+    before = layer(x).detach()
+    torch.nn.utils.parametrizations.weight_norm(layer, "skip_weight", dim=dim)
+    torch.testing.assert_close(layer(x), before)
+    layer(x).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_one_dimension_and_eight_layers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ilvae_fast as il
 
@@ -100,3 +101,32 @@ def test_a_decoder_records_what_its_latent_map_makes():
     assert decoder.plan(z).data_map.saved_bytes > 0
     decoder.latent_map.requires_grad_(False)
     assert decoder.plan(z).data_map.saved_bytes == 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("embedding", [None, 8, "dense"])
+def test_the_flop_counter_of_torch_counts_what_the_plan_says(recompute, embedding):
+    layer = il.BrenierMap(8, (16, 12), recompute=recompute)
+    x = torch.randn(5, 8 if embedding is None else 3, requires_grad=True)
+    embedding = torch.randn(8, 3, requires_grad=True) if embedding == "dense" else embedding
+    plan = layer.plan(x, embedding)
+    with FlopCounterMode(display=False) as counter:
+        t = layer(x, embedding)
+        assert counter.get_total_flops() == plan.map_flops
+        t.sum().backward()
+        assert counter.get_total_flops() == plan.map_flops + plan.training_flops
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer.jvp(x, x, embedding)
+        assert counter.get_total_flops() == 2 * plan.map_flops
+    if embedding is None:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer.potential(x)
+            assert counter.get_total_flops() == plan.map_flops / 2
+
+
+def test_the_flop_counter_counts_no_products_of_weights_where_none_are_wanted():
+    layer, x = il.BrenierMap(8, (16, 12), recompute=False), torch.randn(5, 8, requires_grad=True)
+    t = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(t.sum(), x)
+    assert counter.get_total_flops() == layer.plan(x).map_flops
