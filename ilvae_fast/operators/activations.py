@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .._support.errors import unknown_name
+from .transforms import pull_back
 
 
 class _Kind(NamedTuple):
@@ -27,6 +28,7 @@ class _Kind(NamedTuple):
     value: Callable[[Tensor, float], Tensor]
     monotone: bool = True
     smooth: bool = True  # continuously differentiable
+    derivatives: Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]] | None = None  # s, s', s'', faster
 
 
 def _softplus(a: Tensor, beta: float) -> Tensor:
@@ -35,6 +37,12 @@ def _softplus(a: Tensor, beta: float) -> Tensor:
     # second derivatives at 0.
     t = a * beta
     return torch.where(t > 0, t + F.softplus(-t, 1.0, 40.0), F.softplus(t, 1.0, 40.0)) / beta
+
+
+def _softplus_derivatives(a: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    t = a * beta
+    first = torch.sigmoid(t)
+    return _softplus(a, beta), first, beta * first * torch.sigmoid(-t)  # 1 - first is rounding where first is nearly 1
 
 
 def _celu(a: Tensor, alpha: float) -> Tensor:
@@ -47,14 +55,21 @@ def _celu(a: Tensor, alpha: float) -> Tensor:
 
 
 _TABLE = {
-    "softplus": _Kind(0, 1.0, lambda p: p > 0, "beta > 0", _softplus),
+    "softplus": _Kind(0, 1.0, lambda p: p > 0, "beta > 0", _softplus, derivatives=_softplus_derivatives),
     "leaky_relu": _Kind(1, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", F.leaky_relu, smooth=False),
     "relu": _Kind(2, 0.0, lambda p: p == 0, "no parameter", lambda a, _: F.relu(a), smooth=False),
     "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", _celu),
     "smooth_leaky_relu": _Kind(
         4, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: p * a + (1 - p) * _softplus(a, 1.0)
     ),
-    "identity": _Kind(5, 0.0, lambda p: p == 0, "no parameter", lambda a, _: a),
+    "identity": _Kind(
+        5,
+        0.0,
+        lambda p: p == 0,
+        "no parameter",
+        lambda a, _: a,
+        derivatives=lambda a, _: (a, torch.ones_like(a), torch.zeros_like(a)),
+    ),
     "squared_leaky_relu": _Kind(
         6, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: F.leaky_relu(a, p).square(), monotone=False
     ),
@@ -114,6 +129,20 @@ class Activation:
         """The value at ``a`` (any shape), in plain torch operations that differentiate any number of times."""
         assert self.parameter is not None
         return _TABLE[self.name].value(a, self.parameter)
+
+    def derivatives(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``s, s', s''`` at ``a`` (any shape), each differentiable any number of times."""
+        assert self.parameter is not None
+        if (known := _TABLE[self.name].derivatives) is not None:
+            return known(a, self.parameter)
+
+        def slope(a: Tensor) -> tuple[Tensor, ...]:
+            _, pull = pull_back(lambda a: (self(a),), (a,))
+            return pull((torch.ones_like(a),))  # of a pointwise function: its derivative
+
+        (first,), pull = pull_back(slope, (a,))
+        (second,) = pull((torch.ones_like(a),))
+        return self(a), first, second
 
 
 class EncodedActivations(NamedTuple):

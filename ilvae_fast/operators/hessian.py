@@ -5,8 +5,7 @@ With ``a_k`` the pre-activations, ``J_k = da_k/dy``, and ``g_k`` the adjoints ``
     ``H = sum_k J_k^T diag(g_k s_k'') J_k + L I``,
     ``J_1 = S_1``, ``J_{k+1} = S_{k+1} + W_{k+1} diag(s_k') J_k``.
 
-All d tangents share one forward pass, the products are matrix products of N d rows, and no derivative of the network is
-left to automatic differentiation but ``s'`` and ``s''``, which are pointwise.
+All d tangents share one forward pass, and the products are matrix products of N d rows.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 
 from .activations import Activation
 from .operands import Operands
-from .transforms import pull_back
 
 
 def hessian(operands: Operands) -> Tensor:
@@ -52,7 +50,7 @@ def _hessian(
     h, slopes, bends = None, [], []
     for k, (activation, skip) in enumerate(zip(activations, a, strict=True)):
         at = skip if h is None else skip + F.linear(h, weights[k - 1])
-        h, first, second = _derivatives(activation, at)
+        h, first, second = activation.derivatives(at)
         slopes.append(first)
         bends.append(second)
     adjoints = [torch.ones_like(y[:, :1])]
@@ -77,15 +75,3 @@ def _first(skip: Tensor, curvature: Tensor) -> Tensor:
         products = skip.unsqueeze(-1) * skip.unsqueeze(-2)  # one matrix product for all rows
         return (curvature @ products.reshape(units, d * d)).reshape(rows, d, d)
     return (skip.mT * curvature.unsqueeze(-2)) @ skip
-
-
-def _derivatives(activation: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``s, s', s''`` at ``a``, differentiable in turn: a pointwise function's pull-back of ones is its derivative."""
-
-    def slope(a: Tensor) -> tuple[Tensor, ...]:
-        _, pull = pull_back(lambda a: (activation(a),), (a,))
-        return pull((torch.ones_like(a),))
-
-    (first,), pull = pull_back(slope, (a,))
-    (second,) = pull((torch.ones_like(a),))
-    return activation(a), first, second
