@@ -20,7 +20,7 @@ from .activations import decode
 from .operands import Operands
 from .plain import Static
 from .reference import embed
-from .transforms import along, forward_modes_nested, living, transposed_pull_back
+from .transforms import along, forward_modes_nested, living, transforms_active, transposed_pull_back
 
 
 def _differentiable(
@@ -88,8 +88,10 @@ def _differentiable(
 
     def function(static: Static, *tensors: Tensor | None) -> Any:
         # compiled regions cannot trace functions with rules, and nested forward modes lose their tangents
-        whole = plain_function if is_compiling() or forward_modes_nested() else Rules.apply
-        return whole(static, *tensors)
+        if is_compiling() or forward_modes_nested():
+            return plain_function(static, *tensors)
+        # without a transformation, the operators' own autograd functions are the shorter way
+        return (Rules.apply if transforms_active() else compiled)(static, *tensors)
 
     Rules.__name__ = Rules.__qualname__ = name
     return function
