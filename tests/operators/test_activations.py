@@ -110,6 +110,21 @@ def test_the_python_softplus_is_exact(beta):
     assert activation(at) > at + 1e-9 / beta
 
 
+@pytest.mark.parametrize("activation", ALL, ids=str)
+def test_two_derivatives_at_once_are_those_of_autograd(activation):
+    a = torch.linspace(-6, 6, 97, dtype=torch.float64, requires_grad=True)
+    orders = [activation(a)]
+    for _ in range(3):
+        pull = {"create_graph": True, "materialize_grads": True}
+        last = orders[-1].sum()
+        orders.append(torch.autograd.grad(last, a, **pull)[0] if last.requires_grad else torch.zeros_like(a))
+    ours = activation.derivatives(a)
+    for got, expected in zip(ours, orders, strict=False):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    third = torch.autograd.grad(ours[2].sum(), a)[0] if ours[2].requires_grad else torch.zeros_like(a)
+    torch.testing.assert_close(third, orders[3], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("activation", [a for a in ALL if a.name in ("softplus", "smooth_leaky_relu", "celu")], ids=str)
 def test_three_python_derivatives_stay_accurate_in_both_tails(activation, dtype):
