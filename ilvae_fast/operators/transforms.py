@@ -57,9 +57,10 @@ def pull_back(
         others: further tensors that ``function`` reads.
     """
     whole = [t for t in (*primals, *others) if t is not None]
-    inference = torch.is_inference_mode_enabled() or any(t.is_inference() for t in whole)
-    if transforms_active() or is_compiling() or inference:
+    if transforms_active() or is_compiling():
         return _vjp(function, *primals)
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in whole):
+        return _vjp(function, *primals)  # autograd records no such tensors
     # torch.func refuses hooks of saved tensors, such as those of checkpoints and offloading
     enabled = torch.is_grad_enabled()
     recorded = enabled and any(t.requires_grad for t in whole)
