@@ -1,5 +1,6 @@
 """Time a training step (map, then all gradients) against every peer: python -m benchmarks [--suite small|full] ...
 
+--suite second-order times gradient penalties and log determinants instead (``second_order.py``).
 Every peer's results are checked against float64 before it is timed. Steps take turns; times are medians over the turns,
 ratios medians over the rounds. Ratios count, absolute times are for reading. Written to benchmarks/results/, named
 after device, instruction set of the CPU, dtype if another than float32, and suite: ratios depend on them all, and
@@ -25,7 +26,7 @@ from rich.table import Table
 
 import ilvae_fast as il
 from benchmarks import peers, plots, second_order
-from benchmarks.peers import PEERS, Problem, Step
+from benchmarks.peers import PEERS, Problem, Step, check
 from benchmarks.record import RESULTS, provenance, write
 from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
 from benchmarks.timing import Times, copy_ceiling, interleaved, matmul_ceiling, product
@@ -33,20 +34,11 @@ from ilvae_fast import functional
 
 SECONDS = {"small": 0.4, "full": 1.0}  # of timing for each row and step
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
 # A row during which a matrix product ran at less than this part of its speed during the best row was measured while
 # others kept the machine busy. It is measured again, until so many seconds after the start.
 CALM = 0.9
 PATIENCE = {"small": 0.0, "full": 480.0}
-
-
-def check(name: str, problem: Problem, step: Step, exact: list[torch.Tensor]) -> None:
-    """Refuse to time what is not right."""
-    for ours, truth in zip(step(), exact, strict=True):
-        error = float((ours.double() - truth).abs().max() / truth.abs().max())
-        if not error < TOLERANCE[problem.dtype]:
-            raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
 
 
 def timed(problem: Problem, chosen: list[str], seconds: float, **others: Step) -> dict[str, Times]:
@@ -203,7 +195,8 @@ def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = (*SECONDS, "second-order")
-    parser.add_argument("--suite", choices=suites, default="small", help="small: a quick look; full: steady medians")
+    words = "small: a quick look; full: steady medians; second-order: benchmarks/second_order.py"
+    parser.add_argument("--suite", choices=suites, default="small", help=words)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}")

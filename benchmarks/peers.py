@@ -22,6 +22,7 @@ Step = Callable[[], list[Tensor]]
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms
 
 
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float64: 1e-10}
 MODULE: dict[str, Any] = {"activation": "softplus", "nonneg": "softplus"}  # what peers have too
 
 
@@ -82,6 +83,14 @@ class Problem:
     def __str__(self) -> str:
         hidden = "x".join(map(str, (self.hidden[0], len(self.hidden))))
         return f"{f'{self.latent} -> ' if self.latent else ''}{self.width}, {hidden}, {self.batch}"
+
+
+def check(name: str, problem: Problem, step: Step, exact: Sequence[Tensor], tolerance: float | None = None) -> None:
+    """Refuse to time what is not right: by ``tolerance``, that of the dtype if not given."""
+    for ours, truth in zip(step(), exact, strict=True):
+        error = float((ours.double() - truth).abs().max() / truth.abs().max())
+        if not error < (tolerance or TOLERANCE[problem.dtype]):
+            raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
 
 
 def _with_autograd(problem: Problem, brenier_map: Callable[..., Tensor]) -> Step:

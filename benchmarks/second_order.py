@@ -11,7 +11,7 @@ before it is timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import peers
-from benchmarks.peers import Problem, Step
+from benchmarks.peers import Problem, Step, check
 from benchmarks.timing import Times, interleaved
 from ilvae_fast import functional
 from ilvae_fast.operators.hessian import hessian
@@ -151,14 +151,6 @@ LOGABSDET_STEPS: Makers = {
 }
 
 
-def right(name: str, problem: Problem, step: Step, exact: Sequence[Tensor]) -> None:
-    """Refuse to time what is not right."""
-    for got, truth in zip(step(), exact, strict=True):
-        error = float((got.double() - truth).norm() / truth.norm())
-        if not error < TOLERANCE:
-            raise SystemExit(f"{name} is wrong on {problem}: relative error {error:.1e}")
-
-
 def row(shape: tuple[int, tuple[int, ...], int], makers: Makers, truth: str, seconds: float) -> dict[str, Any]:
     """Times of all steps of one problem, after they were checked against float64."""
     problem = Problem(*shape)
@@ -166,7 +158,7 @@ def row(shape: tuple[int, tuple[int, ...], int], makers: Makers, truth: str, sec
     exact = [t.detach() for t in makers[truth](problem.double())()]
     steps = {name: make(problem) for name, make in makers.items()}
     for name, step in steps.items():
-        right(name, problem, step, exact)
+        check(name, problem, step, exact, TOLERANCE)
     times: dict[str, Times] = interleaved(steps, seconds)
     first = times[next(iter(makers))]
     return {

@@ -260,10 +260,10 @@ class BrenierMap(WithConstant):
 
         Where autograd records, it is the Hessian of the potential in closed form, whose own derivatives are fast.
         """
-        self._check(x)
-        if (operands := self.operands(x)).recorded():
+        operands = self.operands(x)
+        if operands.recorded():
             return hessian(operands)
-        return stacked_tangents(self.jvp, x)
+        return stacked_tangents(lambda at, v: dispatch.map_jvp(operands._replace(x=at), v), x)
 
     def logabsdet(self, x: Tensor) -> Tensor:
         """Return ``log |det dT/dx|``: (..., d) -> (...), at least float32, differentiable.
