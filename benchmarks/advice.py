@@ -1,6 +1,6 @@
 """Does the advice on L hold? L swept over its range and beyond, on real data.
 
-    python -m benchmarks.advice --data-root DATA      # about 20 minutes on one core; goes on where it was
+    python -m benchmarks.advice --data-root DATA      # about 15 minutes on one core; goes on where it was
     python -m benchmarks.advice --draw                # the picture from the recorded runs alone
 
 Each task keeps a part of its training data for validation: the place to judge another rule on. The picture shows test
