@@ -1,6 +1,7 @@
 """Time a training step (map, then all gradients) against every peer: python -m benchmarks [--suite small|full] ...
 
---suite second-order times gradient penalties and log determinants instead (``second_order.py``).
+--suite second-order times gradient penalties and log determinants instead (``second_order.py``), --suite inverse the
+inverse (``inverse.py``).
 Every peer's results are checked against float64 before it is timed. Steps take turns; times are medians over the turns,
 ratios medians over the rounds. Ratios count, absolute times are for reading. Written to benchmarks/results/, named
 after device, instruction set of the CPU, dtype if another than float32, and suite: ratios depend on them all, and
@@ -25,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import ilvae_fast as il
-from benchmarks import peers, plots, second_order
+from benchmarks import inverse, peers, plots, second_order
 from benchmarks.peers import PEERS, Problem, Step, check
 from benchmarks.record import RESULTS, provenance, write
 from benchmarks.suite import FORWARD, FORWARD_ROWS, GEOMETRIC_MEAN, ROWS, Lidvae, Row
@@ -33,6 +34,7 @@ from benchmarks.timing import Times, copy_ceiling, interleaved, matmul_ceiling, 
 from ilvae_fast import functional
 
 SECONDS = {"small": 0.4, "full": 1.0}  # of timing for each row and step
+OTHERS: dict[str, Any] = {"second-order": second_order, "inverse": inverse}  # suites with rows of their own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 BASELINE_SLACK = 0.85  # a ratio may fall to this part of the committed one
 # A row during which a matrix product ran at less than this part of its speed during the best row was measured while
@@ -194,8 +196,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
 def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = (*SECONDS, "second-order")
-    words = "small: a quick look; full: steady medians; second-order: benchmarks/second_order.py"
+    suites = (*SECONDS, *OTHERS)
+    words = "small: a quick look; full: steady medians; others: benchmarks/second_order.py, benchmarks/inverse.py"
     parser.add_argument("--suite", choices=suites, default="small", help=words)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -209,13 +211,14 @@ def main() -> None:
         console = Console(width=220)
 
     dtype, device = DTYPES[arguments.dtype], arguments.device
-    if arguments.suite == "second-order":
+    if arguments.suite in OTHERS:
         if (arguments.device, arguments.dtype) != ("cpu", "float32"):
-            parser.error("--suite second-order is timed on the CPU, in float32")
-        path = arguments.json or RESULTS / f"cpu-{il.build_info()['cpu']}-second-order.json"
-        of_second_order = {**provenance(), **second_order.measure(console, SECONDS["full"])}
-        second_order.show(console, of_second_order)
-        finish(console, path, of_second_order, arguments.check)
+            parser.error(f"--suite {arguments.suite} is timed on the CPU, in dtypes of its own")
+        other = OTHERS[arguments.suite]
+        path = arguments.json or RESULTS / f"cpu-{il.build_info()['cpu']}-{arguments.suite}.json"
+        measured_others = {**provenance(), **other.measure(console, SECONDS["full"])}
+        other.show(console, measured_others)
+        finish(console, path, measured_others, arguments.check)
         return
     chosen = arguments.peers or [
         name for name in PEERS if "JAX" not in name or (device == "cpu" and importlib.util.find_spec("jax"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from benchmarks import defaults, fits, memory, peers, plots, record, second_order, suite, timing
+from benchmarks import defaults, fits, inverse, memory, peers, plots, record, second_order, suite, timing
 from benchmarks.__main__ import again_when_calm, failures, milliseconds, timed
 from benchmarks.peers import PEERS, Problem, check
 from benchmarks.record import RESULTS
@@ -40,6 +40,16 @@ def test_every_step_of_second_order_is_right(kind):
     exact = [t.detach() for t in makers[truth](problem.double())()]
     with pytest.raises(SystemExit, match="tampered is wrong"):
         check("tampered", problem, lambda: [1.01 * t for t in makers[truth](problem)()], exact, second_order.TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", inverse.TOLERANCES, ids=str)
+def test_both_find_the_inverse(dtype, monkeypatch):
+    layer = inverse.fitted(3, (8, 8), steps=20)
+    result = inverse.row(layer, "fitted", 20, dtype, seconds=0.0)
+    assert list(result["milliseconds"]) == ["ours", "L-BFGS"]
+    monkeypatch.setitem(inverse.STEPS, "tampered", lambda layer, y, tolerance: layer.inverse(y) + 1e-3)
+    with pytest.raises(SystemExit, match=r"tampered: \|T\(x\) - y\| is"):
+        inverse.row(layer, "fitted", 20, dtype, seconds=0.0)
 
 
 def test_a_wrong_peer_is_not_timed():

@@ -19,7 +19,7 @@ from . import inversion
 from .constant import Trained, WithConstant
 from .identity_start import initialize_identity_
 from .initialization import initialize_
-from .inputs import check_input, check_tangent
+from .inputs import check_input, check_like
 from .nonneg import NonNegative, as_nonnegative, of_code
 
 INITIALIZATIONS = ("random", "sparse", "identity")
@@ -249,7 +249,7 @@ class BrenierMap(WithConstant):
     def jvp(self, x: Tensor, v: Tensor, embedding: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Return ``(T(B x), dT(B x)/dx v)``, for x and v (..., d), or (..., m) with an embedding B."""
         operands = self.operands(x, embedding)
-        check_tangent(v, self._input[0], x)
+        check_like("v", v, self._input[0], x)
         return dispatch.map_jvp(operands, v)
 
     def _check(self, x: Any) -> None:
@@ -279,16 +279,23 @@ class BrenierMap(WithConstant):
         jacobian = self.jacobian(x)
         return torch.linalg.slogdet(jacobian.to(torch.promote_types(jacobian.dtype, torch.float32))).logabsdet
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """Return x with ``T(x) = y``: (..., d) -> (..., d), by Newton's method in float64.
+    def inverse(self, y: Tensor, *, initial: Tensor | None = None, tolerance: float | None = None) -> Tensor:
+        """Return x with ``T(x) = y``: (..., d) -> (..., d), where ``phi(x) - <x, y>`` is least.
 
         It is differentiable any number of times with respect to y and the parameters
         (:mod:`ilvae_fast.layers.inversion`). It reads back to the host, and so works neither in compiled regions nor
         under ``torch.func``.
 
+        Args:
+            y: values of the map.
+            initial: x to start from, of y's shape and dtype, such as the solution for a y near by; y itself if None.
+            tolerance: of ``|T(x) - y|``, over ``1 + |y|``, both in float64; x is then off by at most ``1 / L`` times as
+                much, and by its rounding. 1e-10 if None and y is float64, else float32's epsilon, 1.2e-7.
+
         Raises:
-            ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out, or
-                weights are negative, so that the potential is not convex (``nonneg="none"`` without :meth:`project_`).
+            ValueError, TypeError: y is not finite, or an activation has a kink, so that the map jumps and leaves values
+                out, or weights are negative, so that the potential is not convex (``nonneg="none"`` without
+                :meth:`project_`), or a bad argument.
             RuntimeError: there is no such x, or it was not found, as may be with L = 0.
         """
         check_input("y", y, self.in_features, "in_features", self.skip_weight)
@@ -300,7 +307,7 @@ class BrenierMap(WithConstant):
                         f"nonneg_weights[{k}]: got a smallest value of {float(weight.detach().min()):g}, wanted values "
                         ">= 0, or the potential is not convex and the map has no inverse: layer.project_()"
                     )
-        return inversion.inverse(operands)
+        return inversion.inverse(operands, initial, tolerance)
 
     def extra_repr(self) -> str:
         *hidden, output = self._activations.layers

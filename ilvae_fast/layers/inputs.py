@@ -47,15 +47,17 @@ def check_input(argument: str, value: Any, width: int | None, meaning: str, para
         raise ValueError(f"{argument}: got {dtype} on the CPU, wanted float32 or bfloat16; float16 is for GPUs")
 
 
-def check_tangent(v: Any, argument: str, value: Tensor) -> None:
-    """Accept a tangent v at ``value``, which the caller knows as ``argument``.
+def check_like(name: str, v: Any, argument: str, value: Tensor) -> None:
+    """Accept v, such as a tangent at ``value``, which the caller knows as ``argument``.
 
     Raises:
-        ValueError, TypeError: naming v.
+        ValueError, TypeError: naming v as ``name``.
     """
     if not isinstance(v, Tensor):
-        raise TypeError(f"v: got {type(v).__name__}, wanted a tensor")
+        raise TypeError(f"{name}: got {type(v).__name__}, wanted a tensor")
     if v.shape != value.shape:
-        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted that of {argument}, {tuple(value.shape)}")
+        raise ValueError(f"{name}: got shape {tuple(v.shape)}, wanted that of {argument}, {tuple(value.shape)}")
+    if v.device != value.device:
+        raise ValueError(f"{name}: got device {v.device}, wanted that of {argument}, {value.device}")
     if v.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
-        raise ValueError(f"v: got dtype {v.dtype}, wanted that of {argument}, {value.dtype}")
+        raise ValueError(f"{name}: got dtype {v.dtype}, wanted that of {argument}, {value.dtype}")

@@ -1,14 +1,13 @@
 """The inverse of a Brenier map: the minimiser of a strongly convex function.
 
-``T(x) = y`` where ``phi(x) - <x, y>`` is least, and that function has the Hessian ``dT/dx >= L``. Newton's method finds
-x. It solves for its steps by conjugate gradients on ``dT/dx v`` (:func:`ilvae_fast.functional.brenier_map_jvp`), so no
-Jacobian is formed. It computes in float64 whatever the dtype of ``y``. ``|T(x) - y| <= RESIDUAL (1 + |y|)`` bounds the
-error by ``|x - T^{-1}(y)| <= RESIDUAL (1 + |y|) / L``, as L-inverse Lipschitz means (Kinoshita et al., ICML 2023).
+``T(x) = y`` where ``phi(x) - <x, y>`` is least, which :mod:`~ilvae_fast.layers.minimiser` finds. It ends in float64
+whatever the dtype of ``y``. ``|T(x) - y| <= tolerance (1 + |y|)`` bounds the error by ``|x - T^{-1}(y)| <= tolerance
+(1 + |y|) / L``, as L-inverse Lipschitz means (Kinoshita et al., ICML 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -17,28 +16,38 @@ from torch import Tensor
 from ..operators import dispatch, plain
 from ..operators.activations import EncodedActivations
 from ..operators.operands import Operands, check_finite
+from .inputs import check_like
+from .minimiser import minimiser, solve
 
-RESIDUAL = 1e-10  # of |T(x) - y|, over 1 + |y|
-_NEWTON_STEPS = 100
-_HALVINGS = 40
-_DECREASE = 1e-4  # of what the slope promises, for a step to be taken (Armijo)
+RESIDUAL = 1e-10  # of |T(x) - y|, over 1 + |y|, in float64
 
 
-def inverse(operands: Operands) -> Tensor:
+def inverse(operands: Operands, initial: Tensor | None = None, tolerance: float | None = None) -> Tensor:
     """x (..., d) with ``T(x) = y``, differentiable any number of times with respect to y and all operands.
 
     Args:
         operands: of the map, with y (..., d) in the place of x.
+        initial: x to start from, of y's shape, dtype and device, which is not differentiated; y if None.
+        tolerance: of ``|T(x) - y|``, over ``1 + |y|``. None: :data:`RESIDUAL` in float64, else float32's epsilon.
 
     Raises:
-        ValueError: y is not finite, or an activation has a kink, so that the map jumps and leaves values out.
-        RuntimeError: not found to :data:`RESIDUAL`, as where L = 0 and the map leaves values out.
+        ValueError, TypeError: y is not finite, or an activation has a kink, so that the map jumps and leaves values
+            out, or a bad argument.
+        RuntimeError: not found to the tolerance, as where L = 0 and the map leaves values out.
     """
     check_smooth(operands.activations)
     y = operands.x
     check_finite("y", y)
+    if tolerance is None:
+        tolerance = RESIDUAL if y.dtype == torch.float64 else torch.finfo(torch.float32).eps
+    elif isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: got {tolerance!r}, wanted a number > 0")
+    if initial is not None:
+        check_like("initial", initial, "y", y)
+        check_finite("initial", initial)
+        initial = initial.detach().double()
     with torch.autocast(y.device.type, enabled=False):
-        x = _Inverse.apply(operands.activations, *(_exact(t) for t in _tensors(operands)))
+        x = _Inverse.apply(operands.activations, tolerance, initial, *(_exact(t) for t in _tensors(operands)))
     return x.to(y.dtype, copy=True)  # the backward pass keeps x as it is now, and the caller may change the result
 
 
@@ -62,26 +71,33 @@ class _Inverse(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, activations: EncodedActivations, y: Tensor, *parameters: Tensor) -> Tensor:
-        x = _minimiser(_operands(activations, y, *parameters))
-        x = x.clone() if x is y else x
+    def forward(
+        ctx: Any,
+        activations: EncodedActivations,
+        tolerance: float,
+        initial: Tensor | None,
+        y: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        x = minimiser(_operands(activations, y, *parameters), tolerance, initial)
         ctx.activations = activations
         ctx.save_for_backward(x, *parameters)
         return x
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        _, needs_y, *needed = ctx.needs_input_grad
+        *_, needs_y = ctx.needs_input_grad[:4]
+        needed = ctx.needs_input_grad[4:]
         with torch.autocast(cotangent.device.type, enabled=False):
             step = _Step.apply(ctx.activations, cotangent, *ctx.saved_tensors)
             if not any(needed):
-                return None, step, *(None for _ in needed)
+                return None, None, None, step, *(None for _ in needed)
             operands = _operands(ctx.activations, *ctx.saved_tensors)
             skip_weight, bias, constant, *weights = needed
             bits = enumerate([False, skip_weight, bias, constant, False, *weights])
             terms = dispatch.training_terms(operands, -step, None, sum(1 << i for i, wanted in bits if wanted))
         _, skip_weight, bias, constant, _, *weights = terms
-        return None, step if needs_y else None, skip_weight, bias, constant, *weights
+        return None, None, None, step if needs_y else None, skip_weight, bias, constant, *weights
 
 
 class _Step(torch.autograd.Function):
@@ -89,7 +105,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activations: EncodedActivations, target: Tensor, *at: Tensor) -> Tensor:
-        z = _solve(_hessian(_operands(activations, *at)), target, 1e-12)
+        z = solve(_operands(activations, *at), target)
         ctx.activations = activations
         ctx.save_for_backward(z, *at)
         return z
@@ -123,71 +139,3 @@ def _operands(
 
 def _exact(t: Tensor) -> Tensor:
     return t.to(torch.float64, copy=True)  # the backward pass wants it as it is now
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True)
-
-
-def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-
-
-def _hessian(operands: Operands) -> Callable[[Tensor], Tensor]:
-    return lambda v: dispatch.map_jvp(operands, v)[1]
-
-
-def _minimiser(exact: Operands) -> Tensor:
-    """The minimiser of ``phi(x) - <x, y>`` where ``exact`` has y for x."""
-    y = x = exact.x
-    wanted = RESIDUAL * (1 + _norm(y))
-
-    def look(x: Tensor) -> tuple[Tensor, Tensor]:
-        phi, t = dispatch.potential_and_map(exact._replace(x=x), True, True)
-        return phi.unsqueeze(-1) - _dot(x, y), t - y
-
-    value, slope = look(x)
-    for _ in range(_NEWTON_STEPS):
-        error = _norm(slope)
-        if (error <= wanted).all():
-            return x
-        # where the error is large a rough direction will do; the better it gets, the more exactly is it worth solving
-        direction = -_solve(_hessian(exact._replace(x=x)), slope, (error / (1 + _norm(y))).clamp(1e-12, 0.1))
-        promised = _dot(slope, direction)
-        length = torch.ones_like(value)
-        rounding = 1e-13 * (1 + value.abs())
-        for _ in range(_HALVINGS):
-            candidate = x + length * direction
-            new_value, new_slope = look(candidate)
-            too_long = ~(new_value <= value + _DECREASE * length * promised + rounding)
-            if not too_long.any():
-                break
-            length = torch.where(too_long, length / 2, length)
-        x, value, slope = candidate, new_value, new_slope
-    missed = ~(_norm(slope) <= wanted)
-    if not missed.any():
-        return x
-    raise RuntimeError(
-        f"y: found no x with T(x) = y for {int(missed.sum())} of {missed.numel()} rows; after {_NEWTON_STEPS} steps "
-        f"|T(x) - y| is up to {float(_norm(slope).max()):.3g}, wanted {float(wanted.max()):.3g}. There is one for "
-        f"every finite y if inverse_lipschitz > 0, which is {float(exact.inverse_lipschitz):g}"
-    )
-
-
-def _solve(product: Callable[[Tensor], Tensor], target: Tensor, accuracy: Tensor | float) -> Tensor:
-    """z with ``product(z) = target`` to a relative ``accuracy``, row by row, by conjugate gradients."""
-    z, residual = torch.zeros_like(target), target
-    direction, squared = residual, _dot(residual, residual)
-    wanted = squared * accuracy**2
-    for _ in range(10 * target.shape[-1] + 10):
-        open_rows = squared > wanted
-        if not open_rows.any():
-            break
-        image = product(direction)
-        curvature = _dot(direction, image)
-        length = torch.where(open_rows & (curvature > 0), squared / curvature, 0.0)
-        z = z + length * direction
-        residual = residual - length * image
-        before, squared = squared, _dot(residual, residual)
-        direction = residual + torch.where(before > 0, squared / before, 0.0) * direction
-    return z

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ilvae_fast as il
-from ilvae_fast.layers import inversion
+from ilvae_fast.layers import inversion, minimiser
 
 ACTIVATIONS = ["softplus", "celu", "smooth_leaky_relu", il.Activation("softplus", 20.0), il.Activation("celu", 0.05)]
 
@@ -61,6 +61,90 @@ def test_far_away_and_bad_values():
         layer.inverse(torch.tensor([[float("nan")] * 4, [0.0] * 4], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("size", [1e15, 1e25, 1e100])
+def test_beyond_single_precision(size):
+    layer = _layer(inverse_lipschitz=0.5)
+    y = torch.tensor([[size, 1.0, 0.0, -2.0], [0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
+    y_again = layer(layer.inverse(y))
+    assert (torch.linalg.vector_norm(y_again - y, dim=-1) <= 1e-10 * (1 + torch.linalg.vector_norm(y, dim=-1))).all()
+
+
+METHODS = {
+    "all": {},
+    "float64 alone": {"_SINGLE_STEPS": 0},
+    "Newton's, by factors": {"_SINGLE_STEPS": 0, "_DOUBLE_STEPS": 0},
+    "Newton's, by products": {"_SINGLE_STEPS": 0, "_DOUBLE_STEPS": 0, "_WIDEST": 0},
+    "few rows at a time": {"_BLOCK": 21, "_TANGENTS": 100},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_arrives_alone(monkeypatch, method):
+    """The last two find what the first leave: badly conditioned rows."""
+    for name, value in METHODS[method].items():
+        monkeypatch.setattr(minimiser, name, value)
+    layer = _layer(6, (40, 30), inverse_lipschitz=1e-3, scale=6.0, activation=il.Activation("softplus", 20.0))
+    x = 2 * torch.randn(50, 6, dtype=torch.float64)
+    y = layer(x).detach()
+    bound = inversion.RESIDUAL * (1 + torch.linalg.vector_norm(y, dim=-1))
+    assert (torch.linalg.vector_norm(layer(layer.inverse(y)) - y, dim=-1) <= 1.001 * bound).all()
+
+
+def test_rows_do_not_depend_on_each_other():
+    """A row that is hard to find, or has no x, leaves others as they are, but for the order of sums."""
+    layer = _layer(inverse_lipschitz=0.1, scale=5.0)
+    y = layer(torch.randn(40, 4, dtype=torch.float64)).detach()
+    together = layer.inverse(torch.cat([y, 1e5 * y]))[:40]
+    torch.testing.assert_close(together, layer.inverse(y), rtol=0, atol=2e-8)
+
+
+def test_a_start_near_by_spares_steps(monkeypatch):
+    layer = _layer(8, (32, 32), inverse_lipschitz=0.1)
+    x = torch.randn(30, 8, dtype=torch.float64)
+    y = layer(x).detach()
+    maps, count = minimiser.dispatch.potential_and_map, []
+
+    def counted(*arguments):
+        count.append(1)
+        return maps(*arguments)
+
+    monkeypatch.setattr(minimiser.dispatch, "potential_and_map", counted)
+
+    def steps(**options):
+        count.clear()
+        torch.testing.assert_close(layer.inverse(y, **options), x, rtol=0, atol=1e-7)
+        return len(count)
+
+    cold, warm = steps(), steps(initial=x + 1e-6)
+    assert warm < cold / 2, (warm, cold)
+    assert steps(tolerance=1e-8) < cold
+    gradient = torch.autograd.grad(layer.inverse(y.requires_grad_(), initial=x.requires_grad_()).sum(), [y])
+    assert gradient[0].abs().sum() > 0
+
+
+def test_the_tolerance_is_met_and_not_more():
+    layer = _layer(8, (32, 32), inverse_lipschitz=0.1)
+    y = layer(torch.randn(64, 8, dtype=torch.float64)).detach()
+    scale = 1 + torch.linalg.vector_norm(y, dim=-1)
+    for tolerance in (1e-3, 1e-6, 1e-12):
+        error = (torch.linalg.vector_norm(layer(layer.inverse(y, tolerance=tolerance)) - y, dim=-1) / scale).max()
+        assert 1e-4 * tolerance < error <= 1.001 * tolerance
+
+
+def test_bad_arguments_of_the_inverse():
+    layer = _layer()
+    y = torch.zeros(3, 4, dtype=torch.float64)
+    for tolerance in (0.0, -1.0, float("nan"), float("inf"), True, "1"):
+        with pytest.raises(ValueError, match=r"^tolerance: got .*, wanted a number > 0"):
+            layer.inverse(y, tolerance=tolerance)
+    with pytest.raises(ValueError, match=r"^initial: got shape \(4,\), wanted that of y, \(3, 4\)"):
+        layer.inverse(y, initial=y[0])
+    with pytest.raises(ValueError, match=r"^initial: got dtype torch.float32, wanted that of y, torch.float64"):
+        layer.inverse(y, initial=y.float())
+    with pytest.raises(ValueError, match=r"^initial: got 12 non-finite"):
+        layer.inverse(y, initial=y + float("nan"))
+
+
 def test_no_inverse_is_an_error():
     layer = _layer(inverse_lipschitz=0.0)  # its values are bounded: the gradient of a convex function of finite slope
     with pytest.raises(RuntimeError, match=r"y: found no x with T\(x\) = y for 1 of 1 rows"):
@@ -103,7 +187,7 @@ class _Inverse(torch.nn.Module):
         self.layer = layer
 
     def forward(self, y):
-        return self.layer.inverse(y)
+        return self.layer.inverse(y, tolerance=1e-13)  # numerical derivatives divide its error by a small step
 
 
 def _small(constant=0.4):
