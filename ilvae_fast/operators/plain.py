@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import log, reference
 from .activations import EncodedActivations
 from .operands import result_dtype
-from .transforms import Function, along, pull_back, transposed_pull_back
+from .transforms import Function, pull_back
 
 
 class Static(NamedTuple):
@@ -62,16 +61,25 @@ def training_terms(
 
 
 def map_jvp(static: Static, tangent: Tensor, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the map (..., d) and its derivative along ``tangent``."""
+    """Return the map (..., d) and its derivative along ``tangent``.
+
+    ``dT/dy`` is a Hessian, hence symmetric: what pulls a cotangent back pushes a tangent forward. Forward mode itself
+    nests in no dual level, and leaves zeros in compiled backward passes that Inductor cannot read.
+    """
     log.plain("map_jvp", x)
+    skip_weight, bias, constant, embedding, *weights = tensors
+    assert skip_weight is not None
+    width = skip_weight.shape[-1]
+    into = width if embedding is None and x.shape[-1] != width else embedding
+    y, v = reference.embed(x, into), reference.embed(tangent, into)
     outputs = Static(static.activations, (False, True))
 
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        return _potential_and_map(outputs, x, *tensors)
+    def function(y: Tensor) -> tuple[Tensor, ...]:
+        return _potential_and_map(outputs, y, skip_weight, bias, constant, None, *weights)
 
-    push = along if forward_ad._current_level < 0 else transposed_pull_back
-    (value,), (derivative,) = push(function, [x], [tangent])
-    return value, derivative
+    (value,), pull = pull_back(function, [y], [v, *tensors])
+    (derivative,) = pull((v.to(value.dtype),))
+    return value, derivative.to(value.dtype)
 
 
 def of_some(

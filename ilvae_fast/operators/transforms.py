@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 _functorch: Any = torch._C._functorch
 _vjp: Any = torch.func.vjp  # typed upstream as either of its two forms, with and without auxiliary results
@@ -57,7 +57,7 @@ def pull_back(
         others: further tensors that ``function`` reads.
     """
     whole = [t for t in (*primals, *others) if t is not None]
-    if transforms_active() or is_compiling():
+    if transforms_active() or is_dynamo_compiling():
         return _vjp(function, *primals)
     if torch.is_inference_mode_enabled() or any(t.is_inference() for t in whole):
         return _vjp(function, *primals)  # autograd records no such tensors

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import ilvae_fast as il
 
@@ -29,6 +30,47 @@ def test_compiled_methods():
     for name, arguments in {"potential": (x,), "potential_and_map": (x,), "jvp": (x, x), "jacobian": (x,)}.items():
         method = getattr(layer, name)
         torch.testing.assert_close(torch.compile(method, fullgraph=True)(*arguments), method(*arguments))
+
+
+# Inductor reads what other backends of torch.compile do not look at
+@pytest.mark.parametrize("name", ["potential_and_map", "jvp"])
+def test_compiled_methods_train(name):
+    dtype = torch.float64
+    layer = il.BrenierMap(5, (8, 7), inverse_lipschitz=il.Trained(0.5), dtype=dtype)
+    x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    variables = [x, *layer.parameters()]
+
+    def loss(x):
+        values = layer.jvp(x, x + 1) if name == "jvp" else getattr(layer, name)(x)
+        return sum(v.square().sum() for v in (values if isinstance(values, tuple) else (values,)))
+
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), variables)
+    expected = torch.autograd.grad(loss(x), variables)
+    torch.testing.assert_close(compiled, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint in region", "region in checkpoint"])
+@pytest.mark.parametrize(("name", "nonneg"), [("forward", "softplus"), ("jvp", "abs"), ("decoder", "abs")])
+def test_compiled_checkpoints(name, nonneg, kind):
+    dtype = torch.float64
+    layer = (
+        il.BrenierDecoder(5, 9, nonneg=nonneg, dtype=dtype)
+        if name == "decoder"
+        else il.BrenierMap(5, (8, 7), nonneg=nonneg, dtype=dtype)
+    )
+    x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    variables = [x, *layer.parameters()]
+
+    def loss(x):
+        value = layer.jvp(x, 2 * x)[1] if name == "jvp" else layer(x)
+        return (value * 1.0).square().sum()
+
+    def checkpointed(function):
+        return lambda x: checkpoint(function, x, use_reentrant=False)
+
+    tried = torch.compile(checkpointed(loss)) if kind == "checkpoint in region" else checkpointed(torch.compile(loss))
+    compiled = torch.autograd.grad(tried(x), variables)
+    torch.testing.assert_close(compiled, torch.autograd.grad(loss(x), variables), rtol=1e-10, atol=1e-10)
 
 
 def test_compiled_under_autocast():
