@@ -2,8 +2,6 @@
 
 #include <array>
 
-#include "matmul/matmul_route.h"
-
 namespace ilvae {
 
 namespace {
@@ -70,7 +68,8 @@ at::ScalarType saved_dtype(const Operands& o) {
 }
 
 const Implementation& implementation(Route route, const at::Tensor& x) {
-  return route == Route::fused ? registered_device(x).fused : matmul::implementation;
+  const auto& device = registered_device(x);
+  return route == Route::fused ? device.fused : device.matmul;
 }
 
 }  // namespace ilvae

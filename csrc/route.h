@@ -60,7 +60,7 @@ struct PointwiseTable {
 };
 
 struct Device {
-  Implementation fused;
+  Implementation fused, matmul;
   PointwiseTable pointwise;
   WeightKernels<double> weights_float64;
   WeightKernels<float> weights_float32;

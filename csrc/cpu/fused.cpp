@@ -9,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "cpu/determinism.h"
 #include "cpu/instruction_set.h"
 #include "cpu/tuning.h"
 
@@ -76,6 +77,12 @@ T* shared_memory(int64_t elements) {
 
 int threads_for(int64_t tasks, double flops) {
   return flops < serial_flops || at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
+}
+
+// Into how many parts sums over the rows are divided.
+int parts_for(int64_t tiles, double flops, int threads) {
+  if (!deterministic()) return threads;
+  return flops < serial_flops ? 1 : std::min<int64_t>(deterministic_parts, tiles);
 }
 
 // Runs task(i) for i < count on `threads` of torch's threads. Whoever is free takes the next. Every task writes to
@@ -185,8 +192,8 @@ class Gradients {
     WeightGradient<T> gradient;
     int64_t panel, begin, end;
   };
-  // The weight gradients of a chunk whose operands have been placed and swept, in pieces for `threads` threads.
-  Few<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t threads) const {
+  // The weight gradients of a chunk whose operands have been placed and swept, in pieces for `parts` threads.
+  Few<Piece> pieces(const ParameterGradients<T>& target, bool add, int64_t parts) const {
     Few<Piece> result;
     const auto split = [&](T* gradient, int64_t rows, int64_t columns, int64_t first_unit, bool dot, const T* right,
                            int64_t right_columns, const T* right_tangent) {
@@ -203,8 +210,8 @@ class Gradients {
                                 .add = add};
       const int64_t panels = dot ? 1 : (columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
       // every thread gets about two pieces of a column panel
-      const int64_t share = rounded_up(rows / (2 * threads), gradient_rows_step) + gradient_rows_step;
-      const int64_t height = std::min(gradient_rows, threads == 1 ? rows : share);
+      const int64_t share = rounded_up(rows / (2 * parts), gradient_rows_step) + gradient_rows_step;
+      const int64_t height = std::min(gradient_rows, parts == 1 ? rows : share);
       for (int64_t panel = 0; panel < panels; ++panel) {
         for (int64_t row = 0; row < rows; row += height) {
           result.push_back({g, panel, row, std::min(rows, row + height)});
@@ -284,25 +291,25 @@ class Gradients {
   int64_t per_lane_ = 0, parameters_ = 0;
 };
 
-// Every thread takes a share of the rows through sweeps and weight gradients, a chunk that fits its L2 cache at a time.
-// The shares of the gradients are added in order. This is for small networks: operands never leave their core.
+// A thread takes a part of the rows through sweeps and weight gradients, a chunk that fits its L2 cache at a time. The
+// parts of the gradients are added in order. This is for small networks: operands never leave their core.
 template <class T>
 void training_by_rows(const Network<T>& net, const TrainingArguments<T>& call, const ParameterGradients<T>& wanted,
-                      int64_t lanes, int threads) {
+                      int64_t lanes, int threads, int parts) {
   const auto& kernel = kernels<T>();
   const int64_t elements = kernel.training_scratch(net);
   const int64_t tiles_in_all = (call.rows + lanes - 1) / lanes;
-  const int64_t parameters = threads > 1 ? Gradients<T>(net, call, wanted).parameters() : 0;
-  T* const partial = threads > 1 ? shared_memory<T>(parameters * (threads - 1)) : nullptr;
-  run(threads, threads, [&](int64_t share) {
+  const int64_t parameters = parts > 1 ? Gradients<T>(net, call, wanted).parameters() : 0;
+  T* const partial = parts > 1 ? shared_memory<T>(parameters * (parts - 1)) : nullptr;
+  run(parts, threads, [&](int64_t share) {
     Gradients<T> gradients(net, call, wanted);
     Few<T*> weights;
     const auto target = share == 0 ? wanted : gradients.elsewhere(partial + (share - 1) * parameters, weights);
     const int64_t per_lane = gradients.elements_per_lane();
     const int64_t chunk =
         std::max<int64_t>(1, thread_chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes)) * lanes;
-    const int64_t begin = tiles_in_all * share / threads * lanes;
-    const int64_t end = std::min(call.rows, tiles_in_all * (share + 1) / threads * lanes);
+    const int64_t begin = tiles_in_all * share / parts * lanes;
+    const int64_t end = std::min(call.rows, tiles_in_all * (share + 1) / parts * lanes);
     for (int64_t row = begin; row < end; row += chunk) {
       const auto tiles = tiles_of(row, std::min(end, row + chunk), lanes);
       T* const memory = thread_memory<T>(elements + per_lane * std::min(chunk, padded_rows(end - row)));
@@ -314,11 +321,11 @@ void training_by_rows(const Network<T>& net, const TrainingArguments<T>& call, c
       gradients.sums(target, tiles, row > begin);
     }
   });
-  if (threads > 1) {
+  if (parts > 1) {
     const Gradients<T> gradients(net, call, wanted);
     int64_t offset = 0;
     gradients.for_each(wanted, [&](T* gradient, int64_t count) {
-      for (int share = 1; share < threads; ++share) {
+      for (int share = 1; share < parts; ++share) {
         const T* const part = partial + (share - 1) * parameters + offset;
         for (int64_t i = 0; i < count; ++i) gradient[i] += part[i];
       }
@@ -331,19 +338,19 @@ void training_by_rows(const Network<T>& net, const TrainingArguments<T>& call, c
 // gradients are written once.
 template <class T>
 void training_by_gradients(const Network<T>& net, const TrainingArguments<T>& call, const ParameterGradients<T>& wanted,
-                           int64_t lanes, int threads) {
+                           int64_t lanes, int threads, int parts) {
   const auto& kernel = kernels<T>();
   Gradients<T> gradients(net, call, wanted);
   const int64_t elements = kernel.training_scratch(net), per_lane = gradients.elements_per_lane();
   const int64_t affordable = shared_chunk_bytes / (std::max<int64_t>(1, per_lane) * sizeof(T) * lanes);
-  const int64_t chunk = std::max<int64_t>(2 * threads, affordable) * lanes;
+  const int64_t chunk = std::max<int64_t>(2 * parts, affordable) * lanes;
   for (int64_t row = 0; row < call.rows; row += chunk) {
     const auto tiles = tiles_of(row, std::min(call.rows, row + chunk), lanes);
     const int64_t all_lanes = tiles.back().offset + tiles.back().lanes;
     const auto& kept = gradients.place(shared_memory<T>(per_lane * all_lanes), all_lanes);
     run(tiles.size(), threads,
         [&](int64_t i) { kernel.training(net, call, kept, tiles[i], {thread_memory<T>(elements), elements}); });
-    const auto pieces = gradients.pieces(wanted, row > 0, threads);
+    const auto pieces = gradients.pieces(wanted, row > 0, parts);
     run(pieces.size() + 1, threads, [&](int64_t i) {
       if (i == int64_t(pieces.size())) return gradients.sums(wanted, tiles, row > 0);
       const auto& piece = pieces[i];
@@ -359,13 +366,14 @@ void fused_training_terms(const Network<T>& net, const TrainingArguments<T>& cal
                           const ParameterGradients<T>& wanted) {
   if (call.rows == 0) return;
   const int64_t lanes = tile_lanes(call.rows, kernels<T>().tile_lanes), tiles = (call.rows + lanes - 1) / lanes;
-  const int threads = threads_for(tiles, 2 * sweep_flops(net) * call.rows);
-  if (threads == 1) return training_by_rows(net, call, wanted, lanes, threads);
-  // elements moved: shares of gradients are written and read, or operands are read on another core
+  const double flops = 2 * sweep_flops(net) * call.rows;
+  const int threads = threads_for(tiles, flops), parts = parts_for(tiles, flops, threads);
+  if (parts == 1) return training_by_rows(net, call, wanted, lanes, threads, parts);
+  // elements moved: parts of gradients are written and read, or operands are read on another core
   const Gradients<T> gradients(net, call, wanted);
-  const bool by_rows = 2 * gradients.parameters() * threads < gradients.elements_per_lane() * call.rows;
-  by_rows ? training_by_rows(net, call, wanted, lanes, threads)
-          : training_by_gradients(net, call, wanted, lanes, threads);
+  const bool by_rows = 2 * gradients.parameters() * parts < gradients.elements_per_lane() * call.rows;
+  by_rows ? training_by_rows(net, call, wanted, lanes, threads, parts)
+          : training_by_gradients(net, call, wanted, lanes, threads, parts);
 }
 
 template void fused_map(const Network<float>&, const MapArguments<float>&);

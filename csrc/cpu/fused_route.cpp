@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/determinism.h"
 #include "cpu/fused.h"
 #include "matmul/products.h"
 
@@ -25,6 +26,7 @@ class Held {
       : x_(in_dtype(p.x, p.real).contiguous()), skip_weight_(p.skip_weight.contiguous()), hidden_(p.layers()) {
     if (p.embedding.defined()) {
       embedding_ = in_dtype(p.embedding, p.real).contiguous();
+      const OneThread one;
       embedded_weight_ = embedded_weight.defined() ? embedded_weight : thin_product(skip_weight_, embedding_, p.real);
     }
     for (const auto& w : p.weights) {
@@ -139,7 +141,9 @@ std::vector<Tensor> training_terms_of(const Problem& p, const Cotangents& cotang
   fused_training_terms(held.network(), c, gradients);
 
   // With a dense embedding: grad_A += D'^T x B^T ; grad_B = A^T D'^T x + L (v^T x + B x^T (u * x))
-  if (dense && wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, held.embedding().t().contiguous());
+  if (!dense) return result;
+  const OneThread one;
+  if (wanted[grad_skip_weight]) result[grad_skip_weight].addmm_(narrow, held.embedding().t().contiguous());
   if (wanted[grad_embedding]) {
     auto gradient = thin_product(held.skip_weight().t(), narrow, p.real);
     const auto& x = held.x();

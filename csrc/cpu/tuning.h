@@ -86,6 +86,8 @@ inline constexpr int64_t shared_chunk_bytes = int64_t(64) << 20;
 
 // Below this many flops a second thread costs more than it brings: "Small calls".
 inline constexpr double serial_flops = 7e5;
+// Where results must not depend on the number of threads, rows are divided as for so many: "What determinism costs".
+inline constexpr int deterministic_parts = 8;
 // Flops of the activations of one unit and row, roughly.
 inline constexpr double activation_flops = 40;
 

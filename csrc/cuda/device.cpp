@@ -3,6 +3,7 @@
 #include "cuda/fused_shapes.h"
 #include "cuda/pointwise_tensors.h"
 #include "cuda/toolkit.h"
+#include "matmul/matmul_route.h"
 #include "route.h"
 
 namespace ilvae::cuda {
@@ -18,6 +19,7 @@ Fit fit_within(int64_t shared_bytes, const std::vector<int64_t>& widths, int64_t
 const bool registered = [] {
   Device device{};
   device.fused = fused;
+  device.matmul = matmul::implementation;
   device.pointwise.float64 = &pointwise_kernels<double, double>();
   device.pointwise.float32 = &pointwise_kernels<float, float>();
   device.pointwise.bfloat16_stored = &pointwise_kernels<float, bfloat16>();

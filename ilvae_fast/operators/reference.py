@@ -89,7 +89,11 @@ def potential_and_map(
     embedding: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``phi(B x)``, shape (...), and ``T(B x) = grad phi``, shape (..., d)."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_dynamo_compiling()
+        or forward_ad._current_level >= 0
+    ):
         y = embed(x, embedding)
 
         def total(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,11 @@ from .transforms import transforms_active
 def plain_softplus(raw: Tensor) -> Tensor:
     """Return softplus by PyTorch, exact in float64 too: exp(-40) < 2^-53, where the default threshold 20 errs by 2e-9.
 
-    It is one kernel. The softplus of :mod:`.activations` is made for any beta and takes four.
+    It is one kernel. The softplus of :mod:`.activations` is made for any beta and takes four. In compiled regions it is
+    another: F.softplus with a threshold multiplies by beta there, and where that is 1 a checkpoint in the region breaks
+    (torch 2.14).
     """
-    return F.softplus(raw, 1.0, 40.0)
+    return -F.logsigmoid(-raw) if is_compiling() else F.softplus(raw, 1.0, 40.0)
 
 
 def softplus(raws: Sequence[Tensor]) -> list[Tensor]:

@@ -84,6 +84,50 @@ def test_the_same_bits_for_the_same_number_of_threads(shape, count):
         assert torch.equal(first[name], second[name]), name
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("route", ["fused", "matmul"])
+@pytest.mark.parametrize("shape", [*SHAPES, (784, (512, 512), "none", 128), (300, (128, 128), "dense", 300)])
+def test_the_same_bits_for_any_number_of_threads_where_algorithms_must_be_deterministic(shape, route):
+    case = replace(_case(*shape), route=route)
+    dtypes = (torch.float32, torch.float64) + ((torch.bfloat16,) if route == "matmul" else ())
+    for dtype in dtypes:
+        tensors = case.tensors(dtype).requires_grad()  # recorded or not, a product may be another
+        results = []
+        for count in range(1, 9):
+            with threads(count), deterministic():
+                x, *rest = tensors.positional()
+                results.append(
+                    {
+                        **dict(zip(("potential", "map"), tensors.outputs(), strict=True)),
+                        **tensors.gradients(functional, True, True),
+                        "jvp": functional.brenier_map_jvp(x, x.cos(), *rest, **tensors.options())[1],
+                    }
+                )
+                assert torch.get_num_threads() == count
+        for result in results[1:]:
+            for name, value in results[0].items():
+                assert torch.equal(result[name], value), (dtype, name)
+
+
+def test_deterministic_gradients_equal_the_reference():
+    """They are added up in more parts than there are threads."""
+    for shape in SHAPES:
+        tensors = _case(*shape).tensors(torch.float64)
+        with threads(2), deterministic():
+            ours = tensors.gradients(functional, True, True)
+        terms, theirs = tensors.absolute_terms(True, True), tensors.gradients(reference, True, True)
+        for name, value in theirs.items():
+            assert_equal_to_rounding(name, ours[name], value, terms.get(name))
+
+
 def test_saved_panels_outlive_a_change_of_the_number_of_threads():
     tensors = _case(9, (80, 64), "none", 200, recompute=False).tensors(torch.float64).requires_grad()
     with threads(1):
