@@ -3,6 +3,7 @@
 from . import annealing as annealing
 from . import convert as convert
 from . import data as data
+from . import export as export
 from . import functional as functional
 from . import metrics as metrics
 from . import reference as reference

@@ -20,6 +20,7 @@ FLOORS = (
     "distributions",  # likelihoods, priors, posteriors
     "layers",  # the map and the decoder
     "convert",
+    "export",
     "annealing",
     "vae",
     "data",

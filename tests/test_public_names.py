@@ -15,11 +15,12 @@ import ilvae_fast as il
 
 NAMES = {
     "ilvae_fast": "Activation Advice BrenierDecoder BrenierMap NonNegative Trained __version__ advise annealing "
-    "build_info convert data functional metrics plan reference use_backend vae",
+    "build_info convert data export functional metrics plan reference use_backend vae",
     "ilvae_fast.functional": "BrenierGradients Operands brenier_map brenier_map_jvp brenier_map_vjp potential "
     "potential_and_map",
     "ilvae_fast.reference": "brenier_map convex_network embed potential potential_and_map",
     "ilvae_fast.convert": "from_lidvae",
+    "ilvae_fast.export": "PlainDecoder PlainMap onnx plain",
     "ilvae_fast.annealing": "Annealer Constant Cosine Cyclical Linear Piecewise SCHEDULES Schedule as_schedule",
     "ilvae_fast.data": "DATASETS Dataset digits fashion_mnist load mnist npz omniglot pinwheel synthetic_text text toy",
     "ilvae_fast.layers": "BrenierDecoder BrenierMap NonNegative Trained",

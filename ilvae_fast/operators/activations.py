@@ -54,13 +54,54 @@ def _celu(a: Tensor, alpha: float) -> Tensor:
     return torch.where(a >= 0, a, alpha * below)
 
 
+def _celu_derivatives(a: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    below = a < 0
+    power = (torch.where(below, a, 0.0) / alpha).exp()
+    return _celu(a, alpha), torch.where(below, power, 1.0), torch.where(below, power / alpha, 0.0)
+
+
+def _leaky_relu_derivatives(a: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    return F.leaky_relu(a, slope), torch.where(a > 0, torch.ones_like(a), slope), torch.zeros_like(a)
+
+
+def _smooth_leaky_relu_derivatives(a: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    value, first, second = _softplus_derivatives(a, 1.0)
+    return slope * a + (1 - slope) * value, slope + (1 - slope) * first, (1 - slope) * second
+
+
+def _squared_leaky_relu_derivatives(a: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    value, first, _ = _leaky_relu_derivatives(a, slope)
+    return value.square(), 2 * value * first, 2 * first.square()
+
+
 _TABLE = {
     "softplus": _Kind(0, 1.0, lambda p: p > 0, "beta > 0", _softplus, derivatives=_softplus_derivatives),
-    "leaky_relu": _Kind(1, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", F.leaky_relu, smooth=False),
-    "relu": _Kind(2, 0.0, lambda p: p == 0, "no parameter", lambda a, _: F.relu(a), smooth=False),
-    "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", _celu),
+    "leaky_relu": _Kind(
+        1,
+        0.2,
+        lambda p: 0 <= p <= 1,
+        "0 <= slope <= 1",
+        F.leaky_relu,
+        smooth=False,
+        derivatives=_leaky_relu_derivatives,
+    ),
+    "relu": _Kind(
+        2,
+        0.0,
+        lambda p: p == 0,
+        "no parameter",
+        lambda a, _: F.relu(a),
+        smooth=False,
+        derivatives=_leaky_relu_derivatives,
+    ),
+    "celu": _Kind(3, 1.0, lambda p: p > 0, "alpha > 0", _celu, derivatives=_celu_derivatives),
     "smooth_leaky_relu": _Kind(
-        4, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: p * a + (1 - p) * _softplus(a, 1.0)
+        4,
+        0.2,
+        lambda p: 0 <= p <= 1,
+        "0 <= slope <= 1",
+        lambda a, p: p * a + (1 - p) * _softplus(a, 1.0),
+        derivatives=_smooth_leaky_relu_derivatives,
     ),
     "identity": _Kind(
         5,
@@ -71,7 +112,13 @@ _TABLE = {
         derivatives=lambda a, _: (a, torch.ones_like(a), torch.zeros_like(a)),
     ),
     "squared_leaky_relu": _Kind(
-        6, 0.2, lambda p: 0 <= p <= 1, "0 <= slope <= 1", lambda a, p: F.leaky_relu(a, p).square(), monotone=False
+        6,
+        0.2,
+        lambda p: 0 <= p <= 1,
+        "0 <= slope <= 1",
+        lambda a, p: F.leaky_relu(a, p).square(),
+        monotone=False,
+        derivatives=_squared_leaky_relu_derivatives,
     ),
 }
 

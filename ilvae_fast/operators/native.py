@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
+from . import closed_form
 from . import flops as flops
+from .activations import decode
 from .extension import _C
 from .operands import Operands
+from .reference import embed
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -28,6 +31,8 @@ def _operator(name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         weights = arguments[3]
         if is_compiling() or has_torch_function(arguments) or has_torch_function(weights):
+            if torch.onnx.is_in_onnx_export():
+                return _without_operators(name, *arguments)
             return operator(*arguments)
         try:
             return direct(*arguments)
@@ -35,6 +40,16 @@ def _operator(name: str) -> Callable[..., Any]:
             return operator(*arguments)  # whose error names the argument
 
     return call
+
+
+def _without_operators(name: str, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return what potential_and_map does, in operations that ONNX knows."""
+    if name != "potential_and_map":
+        raise RuntimeError(f"torch.onnx.export: got the operator {name}, wanted potentials and maps alone")
+    x, skip_weight, bias, weights, constant, embedding, codes, parameters, *_ = arguments
+    y = embed(x, skip_weight.shape[-1] if embedding is None and x.shape[-1] != skip_weight.shape[-1] else embedding)
+    constant = constant.to(y.dtype)
+    return *closed_form.potential_and_map(decode(codes, parameters).layers, y, skip_weight, bias, weights, constant), []
 
 
 _potential_and_map = _operator("potential_and_map")
