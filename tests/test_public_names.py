@@ -31,7 +31,8 @@ NAMES = {
     "Reduce RelativeFisher active_directions active_units adapt advise certified_constant clustering_accuracy "
     "decoder_given decoder_jacobian diagnose elbo epsilon_collapse gain inverse_lipschitz kl_divergence "
     "mutual_information negative_log_likelihood nll_without_latent relative_fisher",
-    "ilvae_fast.training": "Diverged TrainConfig advice_for build_model evaluate load_dataset reproduce shard "
+    "ilvae_fast.training": "Diverged TrainConfig advice_for build_model evaluate gather_in_methods load_dataset "
+    "reproduce shard "
     "sweep train",
     "ilvae_fast.training.toy_report": "draw",
     "ilvae_fast.cli": "COLUMNS app main",

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -16,7 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ilvae_fast import BrenierDecoder, Trained, data, metrics
 from ilvae_fast._support import files as _files
-from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, loop, shard, sweep, train
+from ilvae_fast.training import (
+    Diverged,
+    TrainConfig,
+    build_model,
+    evaluate,
+    gather_in_methods,
+    loop,
+    shard,
+    sweep,
+    train,
+)
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 
 CONFIG = VAEConfig(64, 3, encoder_hidden=(16,), decoder_hidden=((8,), (24, 16)), embedding="orthogonal")
@@ -86,9 +97,11 @@ def gradients(folder: Path) -> None:
         BrenierDecoder(3, 64, ((8,), (24,)), embedding="orthogonal", inverse_lipschitz=Trained(0.3)).double()
         for _ in range(2)
     )
+    spread.load_state_dict(alone.state_dict())
     for part in (spread.latent_map, spread.data_map, spread):
         fully_shard(part)
     assert_equal(spread.inverse_lipschitz_bound(), alone.inverse_lipschitz_bound())
+    methods_of_hand_sharded_parts(alone, spread)
     assert_equal(metrics.decoder_jacobian(sharded.decoder, z), whole.decoder.jacobian(z))
     assert_equal(sharded.decoder.inverse_lipschitz_bound(), whole.decoder.inverse_lipschitz_bound())
     assert_equal(metrics.relative_fisher(sharded, x, 4).divergence, metrics.relative_fisher(whole, x, 4).divergence)
@@ -108,6 +121,27 @@ def gradients(folder: Path) -> None:
         metrics.relative_fisher(sharded, tokens, 2).divergence, metrics.relative_fisher(whole, tokens, 2).divergence
     )
     (folder / f"gradients{RANK}").write_text("equal")
+
+
+def methods_of_hand_sharded_parts(alone: BrenierDecoder, spread: BrenierDecoder) -> None:
+    """What ``fully_shard`` does not look after, gathered by one line."""
+    z, v = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="DTensor"):
+        spread.jvp(z, v)
+    gather_in_methods(spread)
+    for _ in range(2):
+        for a, b in zip(spread.jvp(z, v), alone.jvp(z, v), strict=True):
+            assert_equal(a, b)
+        assert_equal(spread.jacobian(z), alone.jacobian(z))
+        assert_equal(spread(z), alone(z))
+        ours, theirs = spread.latent_map, alone.latent_map
+        assert_equal(ours.potential(z), theirs.potential(z))
+        assert_equal(ours.logabsdet(z), theirs.logabsdet(z))
+        torch.testing.assert_close(ours.inverse(ours(z)), z, rtol=0, atol=1e-8)
+        ours.potential(z).square().sum().backward()
+        theirs.potential(z).square().sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_equal(p.grad.full_tensor(), q.grad)  # the mean over processes, which have the same z
 
 
 def measures(folder: Path) -> None:

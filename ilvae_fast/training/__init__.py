@@ -11,6 +11,7 @@ from .config import TrainConfig as TrainConfig
 from .config import advice_for as advice_for
 from .config import build_model as build_model
 from .config import load_dataset as load_dataset
+from .distributed import gather_in_methods as gather_in_methods
 from .distributed import shard as shard
 from .evaluation import evaluate as evaluate
 from .loop import Diverged as Diverged

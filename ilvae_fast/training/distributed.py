@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from .._support.extras import require
-from ..layers import BrenierDecoder
+from ..layers import BrenierDecoder, BrenierMap
 from ..layers.constant import accept_constants
 from ..vae import VAE, AutoregressiveDecoder
 
@@ -32,6 +32,7 @@ _METHODS = {
         "log_likelihood",
     ),
     "decoder": ("jvp", "jacobian", "inverse_lipschitz_bound", "embedding_matrix", "generate"),
+    "map": ("potential", "potential_and_map", "jvp", "jacobian", "logabsdet", "inverse", "nonneg_weights"),
 }
 
 
@@ -47,13 +48,35 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     parts = [module for module in model.modules() if isinstance(module, BrenierDecoder | AutoregressiveDecoder)]
     for part in reversed(parts):  # a decoder of sequences comes before its head
         fully_shard(part, **options)
-        _register(part, "decoder")
     encoder = getattr(model, "encoder", None)
     if encoder is not None:
         fully_shard(encoder, **options)
     fully_shard(model, **options)
-    _register(model, "model")
-    return model
+    return gather_in_methods(model)
+
+
+def gather_in_methods(module: nn.Module) -> nn.Module:
+    """Let methods of sharded maps, decoders and VAEs gather their parameters, as ``forward`` does. Call it once.
+
+    ``fully_shard`` looks after ``forward`` alone. After ``fully_shard(decoder)`` by hand this makes
+    ``decoder.jvp(z, v)``, ``layer.potential(x)`` and the others work; :func:`shard` does it by itself.
+
+    Args:
+        module: what was sharded, or whatever holds it.
+
+    Returns:
+        The module.
+    """
+    for part in list(module.modules()):
+        if not isinstance(part, FSDPModule):
+            continue
+        if isinstance(part, BrenierMap):
+            _register(part, "map")
+        elif isinstance(part, BrenierDecoder | AutoregressiveDecoder):
+            _register(part, "decoder")
+        elif isinstance(part, VAE):
+            _register(part, "model")
+    return module
 
 
 def gathered(tree: Any) -> Any:
