@@ -1,5 +1,7 @@
 """Plain copies of models, and ONNX files read by onnxruntime."""
 
+import runpy
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,22 @@ def test_plain_copies_equal_the_module(name):
 def test_shared_modules_stay_shared():
     plain = il.export.plain(Model())
     assert plain.again is plain.decoder
+
+
+@pytest.mark.slow
+def test_the_example_of_a_program_without_python(tmp_path: Path):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "aotinductor" / "export.py"))
+    torch.manual_seed(0)
+    decoder = il.BrenierDecoder(3, data_shape=(2, 4))
+    example["package"](decoder, 3, str(tmp_path / "decoder.pt2"))
+    example["build"](str(tmp_path / "decode"))
+    for rows in (1, 5):
+        command = [str(tmp_path / "decode"), str(tmp_path / "decoder.pt2"), str(rows), "3"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = torch.tensor([[float(word) for word in line.split()] for line in printed.splitlines()])
+        with torch.no_grad():
+            wanted = decoder(torch.full((rows, 3), 0.5)).flatten(1)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_arguments(tmp_path: Path):

@@ -26,7 +26,7 @@ _FLAT = 1e-7  # less curvature, over |step| |change|, is rounding
 _SHORTENINGS = 40
 _DECREASE = 1e-4  # of what the slope promises, for a step to be taken (Armijo)
 _WIDEST = 128  # of rows whose Hessian is factorised; products with it are cheaper for wider ones
-_BLOCK = 1 << 19  # values of x that are worked on together: they and the pairs fit into a cache
+_BLOCK = 1 << 19  # values of x that are worked on together, which bounds the memory of their pairs
 _TANGENTS = 1 << 19  # values of a layer's tangents that are worked on together
 
 
