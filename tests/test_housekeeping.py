@@ -39,7 +39,12 @@ def _prose(page: str) -> str:
 
 def _rows(page: str, first: str) -> list[list[str]]:
     """Cells of the table whose heading starts with ``first``, without heading and rule."""
-    table = page[page.index(f"\n| {first} |") :].strip().split("\n\n")[0]
+    return _table(page, f" {first} |")
+
+
+def _table(page: str, heading: str) -> list[list[str]]:
+    """The same for the table whose heading starts with ``heading``, behind the first bar."""
+    table = page[page.index(f"\n|{heading}") :].strip().split("\n\n")[0]
     return [[c.strip() for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in table.splitlines()[2:]]
 
 
@@ -210,6 +215,19 @@ def test_links_lead_somewhere(page):
         destination = page.parent / file if file else page
         assert destination.exists(), target
         assert not anchor or anchor in _anchors(destination), target
+
+
+def test_every_derivative_of_the_readme_has_its_tests():
+    page = _text("docs/derivatives.md")
+    heading = " | eager"  # an empty first cell
+    matrix, of_readme = (_table(text, heading) for text in (page, _text("README.md")))
+    assert [[re.sub(r"( \[\d+\])+$", "", cell) for cell in row] for row in matrix] == of_readme
+    for row in matrix:
+        assert all(re.search(r"\[\d+\]$", cell) for cell in row[1:] if cell), row
+    tests = {number: re.findall("`([^`]+)`", cell) for number, cell in _table(page, " | test")}
+    assert set(re.findall(r"\[(\d+)\]", page)) == set(tests)
+    for file, name in tests.values():
+        assert f"\ndef {name}(" in _text(file), name
 
 
 def test_sections_that_code_cites_exist():
