@@ -15,24 +15,49 @@ COLUMNS = (
     ("bound", "fisher_lower_bound"), ("ESS", "fisher_effective_sample_size"), ("certified L", "certified"),
     ("measured L", "measured"), ("clusters", "clustering_accuracy"),
 )  # fmt: skip
+_NAME_WIDTH = 20  # of a run's name, before measures go on in another table
 
 
 def show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    table_of = require("rich.table", "train").Table
-    table = table_of(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
-    table.add_column("run", overflow="fold")
+    """Print the measures of runs, each with its name, and their warnings. What is too wide goes on in another table."""
+    out = console()
     cells = [(name, {**row, **dict.fromkeys(row.get("not_finite", ()), "not finite")}) for name, row in rows]
     shown = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for _, row in cells)]
-    for heading, _ in shown:
-        table.add_column(heading, justify="right")
-    for name, row in cells:
-        values = (row.get(key) for _, key in shown)
-        table.add_row(name, *("" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values))
-    out = console()
-    out.print(table)
+    while True:
+        fitting = max(len(shown), 1)
+        while fitting > 1 and _least_width(_table(cells, shown[:fitting])) > out.width:
+            fitting -= 1
+        out.print(_table(cells, shown[:fitting]))
+        shown = shown[fitting:]
+        if not shown:
+            break
     for name, row in rows:
         for warning in row.get("warnings", ()):
             out.print(f"{name}: {warning}", markup=False, highlight=False)
+
+
+def _table(cells: Sequence[tuple[str, dict[str, Any]]], shown: Sequence[tuple[str, str]]) -> Any:
+    table = require("rich.table", "train").Table(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
+
+    def add_column(heading: str, values: Sequence[str], narrowest: int, **options: Any) -> None:
+        width = max(map(len, (heading, *values)))
+        table.add_column(heading, overflow="fold", min_width=min(width, narrowest), **options)
+        columns.append(values)
+
+    columns: list[Sequence[str]] = []
+    add_column("run", [name for name, _ in cells], _NAME_WIDTH)
+    for heading, key in shown:
+        values = (row.get(key) for _, row in cells)
+        words = ["" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values]
+        add_column(heading, words, len("not finite"), justify="right")  # a number has fewer digits
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _least_width(table: Any) -> int:
+    """Of a table whose columns have least widths. rich itself shortens words without a word."""
+    return sum(column.min_width + 3 for column in table.columns)  # a blank on both sides, and one between columns
 
 
 def console() -> Any:

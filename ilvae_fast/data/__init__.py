@@ -1,4 +1,5 @@
-"""Data sets by name. To add one, write a function that returns a :class:`Dataset` and put it into ``DATASETS``."""
+"""Data sets by name. To add one, write a function that returns a :class:`Dataset`, ``@on_cpu``, and put it into
+``DATASETS``."""
 
 from __future__ import annotations
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
 
 
 class Dataset(NamedTuple):
@@ -42,6 +46,24 @@ class Dataset(NamedTuple):
                 break
             words.append(str(token) if self.vocabulary is None else self.vocabulary[token])
         return words
+
+
+def on_cpu(build: Callable[_P, Dataset]) -> Callable[_P, Dataset]:
+    """Let the function of a data set make tensors on the CPU, and values in float32, whatever torch's defaults are."""
+
+    @wraps(build)
+    def built(*args: _P.args, **kwargs: _P.kwargs) -> Dataset:
+        before = torch.get_default_dtype()
+        if before != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                return build(*args, **kwargs)
+        finally:
+            if before != torch.float32:
+                torch.set_default_dtype(before)
+
+    return built
 
 
 def split(x: Tensor, labels: Tensor | None, fraction: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

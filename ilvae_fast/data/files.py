@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from zipfile import BadZipFile
@@ -12,12 +13,13 @@ import torch
 
 from .._support.checks import check_positive
 from .._support.errors import unknown_name
-from .dataset import Dataset, split
+from .dataset import Dataset, on_cpu, split
 
 LEVELS = ("character", "word")
 _RESERVED = ("<eos>", "<unk>")  # tokens 0 and 1
 
 
+@on_cpu
 def text(
     path: str | os.PathLike[str],
     *,
@@ -28,9 +30,10 @@ def text(
 ) -> Dataset:
     """The lines of a UTF-8 file that are not empty, as sequences of tokens; -1 fills up those that are shorter.
 
-    Each ends with the token ``<eos>``, unless it was cut. A random part, the same every time, is the test part. The
-    tokens are those of the training part; others become ``<unk>``. The words ``<eos>`` and ``<unk>`` in the text mean
-    these two.
+    A line ends at a line feed, with or without a carriage return before it, and nowhere else. A byte order mark is no
+    part of the text. Each line ends with the token ``<eos>``, unless it was cut. A random part, the same every time, is
+    the test part. The tokens are those of the training part; others become ``<unk>``. The words ``<eos>`` and ``<unk>``
+    in the text mean these two.
 
     Args:
         level: ``"character"``, or ``"word"``: what white space separates.
@@ -48,10 +51,12 @@ def text(
     if check_positive("vocabulary_size", vocabulary_size) < 3:
         raise ValueError(f"vocabulary_size: got {vocabulary_size}, wanted at least 3, two of which are <eos> and <unk>")
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
-    lines = [list(line) if level == "character" else line.split() for line in content.splitlines() if line.strip()]
+    lines = [
+        list(line) if level == "character" else line.split() for line in re.split("\r?\n", content) if line.strip()
+    ]
     if not lines:
         raise ValueError(f"{path}: has no line that is not empty")
     train, test, *_ = split(torch.arange(len(lines)), None, test_fraction)
@@ -72,6 +77,7 @@ def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
         raise FileNotFoundError(f"{kind}:FILE: no file {os.fspath(path)!r} in {os.getcwd()}, wanted {wanted}")
 
 
+@on_cpu
 def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
 

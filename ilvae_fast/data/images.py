@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._support.extras import require
-from .dataset import Dataset, split
+from .dataset import Dataset, on_cpu, split
 
 # sha256 of the IDX files, unpacked, so that a file packed anew is still known
 CHECKSUMS = {
@@ -34,6 +34,7 @@ CHECKSUMS = {
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 
+@on_cpu
 def digits() -> Dataset:
     """The 1797 handwritten digits of 8 x 8 pixels that scikit-learn carries, scaled to [0, 1]; no network.
 
@@ -49,6 +50,7 @@ def digits() -> Dataset:
     return Dataset(*split(images, torch.from_numpy(bunch.target).long(), 0.2), (8, 8))
 
 
+@on_cpu
 def mnist(data_root: str | os.PathLike[str], *, download: bool = False, verify: bool = True) -> Dataset:
     """The 70000 handwritten digits of 28 x 28 pixels, scaled to [0, 1]; 10000 are the test part.
 
@@ -66,6 +68,7 @@ def mnist(data_root: str | os.PathLike[str], *, download: bool = False, verify: 
     return _mnist_like("mnist", data_root, download, verify)
 
 
+@on_cpu
 def fashion_mnist(data_root: str | os.PathLike[str], *, download: bool = False, verify: bool = True) -> Dataset:
     """70000 articles of clothing of 28 x 28 pixels, in the form and with the options of :func:`mnist`.
 
@@ -74,6 +77,7 @@ def fashion_mnist(data_root: str | os.PathLike[str], *, download: bool = False, 
     return _mnist_like("fashion_mnist", data_root, download, verify)
 
 
+@on_cpu
 def omniglot(data_root: str | os.PathLike[str], *, verify: bool = True) -> Dataset:
     """Omniglot's characters, drawn twenty times each, reduced to 28 x 28 grey pixels in [0, 1].
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._support.checks import check_number, check_positive
-from .dataset import Dataset, split
+from .dataset import Dataset, on_cpu, split
 
 
+@on_cpu
 def toy(*, sigma: float = 1.0, num_train: int = 2000, num_test: int = 2000, seed: int = 0) -> Dataset:
     """Two Gaussians in the plane, at (0, 0) and (10, 10), with standard deviation ``sigma``, equally likely.
 
@@ -29,6 +30,7 @@ def toy(*, sigma: float = 1.0, num_train: int = 2000, num_test: int = 2000, seed
     return Dataset(x[:num_train], x[num_train:], labels[:num_train], labels[num_train:], (2,))
 
 
+@on_cpu
 def pinwheel(*, num_classes: int = 5, num_per_class: int = 1000, seed: int = 0) -> Dataset:
     """Arms of a pinwheel in the plane: Gaussians, stretched outwards and then sheared into spirals.
 
@@ -50,6 +52,7 @@ def pinwheel(*, num_classes: int = 5, num_per_class: int = 1000, seed: int = 0) 
     return Dataset(*split(10 * torch.stack(rotated, -1), labels, 0.2), (2,))
 
 
+@on_cpu
 def synthetic_text(
     *, num_sentences: int = 20000, length: int = 10, vocabulary_size: int = 1000, hidden: int = 100, seed: int = 0
 ) -> Dataset:

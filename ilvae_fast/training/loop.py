@@ -86,6 +86,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
         log_with="tensorboard",
         project_dir=os.fspath(folder),
     )
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision: got 'fp16' on the CPU, which has no such products, wanted 'bf16' or 'no'")
     sharding = shard_options(accelerator)
     if accelerator.is_main_process:
         with _locked(folder):

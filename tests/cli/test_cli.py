@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ilvae_fast import cli
 from ilvae_fast.training import TrainConfig
@@ -74,6 +75,25 @@ def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
     cli.display.show([("a", {"nll": None, "certified": None, "fisher": None}), ("b", {"nll": 1.5, "certified": None})])
     heading, _, absent, _ = map(str.split, capsys.readouterr().out.splitlines())
     assert (heading, absent) == (["run", "NLL"], ["a"])
+
+
+@pytest.mark.parametrize("width", [200, 140, 80, 60, 40])
+def test_a_number_is_never_shortened(width, capsys, monkeypatch):
+    monkeypatch.setattr(cli.display, "console", lambda: Console(width=width))
+    values = (123456.7, -1.23456e-5, 1.2e-5, 23.456, 0.0123, 10, 9, 4.5e-10, 6e8, 7.25, 0.25, 0.3, 0.999)
+    one = {key: value for (_, key), value in zip(cli.display.COLUMNS, values, strict=True)}
+    other = {key: 2 * value for key, value in one.items()}
+    cli.display.show([("runs/a name of forty letters and some more", one), ("b", {**other, "not_finite": ["nll"]})])
+    lines = capsys.readouterr().out.splitlines()
+    words = " ".join(lines).split()
+    assert "…" not in "".join(words)
+    for row in (one, other):
+        for key, value in row.items():
+            assert (f"{value:.4g}" in words) or (row is other and key == "nll"), (key, value)
+    assert "not finite" in " ".join(words)
+    assert max(map(len, lines)) <= width
+    headings = [heading for heading, _ in cli.display.COLUMNS]
+    assert all(set(heading.split()) <= set(words) for heading in headings)
 
 
 def test_warnings_are_printed_under_the_table(tmp_path, capsys):

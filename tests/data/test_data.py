@@ -286,6 +286,56 @@ def test_lines_of_text_become_tokens_and_come_back(tmp_path):
     assert set(words.to_text(words.train)) == {"<unk><eos>".replace("><", "> <"), "abba <eos>", "<unk> <unk> <eos>"}
 
 
+def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path):
+    path = tmp_path / "lines"
+    separators = "\u2028\u2029\x85\x0c\x0b\x1c\x1d\x1e\r"
+    path.write_bytes(("\ufeff" + "".join(f"a{c}b\r\n" for c in separators) * 10).encode())
+    letters = data.text(path, length=4)
+    assert len(letters.train) + len(letters.test) == 10 * len(separators)
+    assert set(letters.vocabulary) == {"<eos>", "<unk>", "a", "b", *separators}
+    words = data.text(path, level="word", length=3)
+    assert set(words.vocabulary) == {"<eos>", "<unk>", "a", "b"}  # white space separates words, as before
+    path.write_bytes(b"\xef\xbb\xbf" + b"word\n" * 10)
+    assert data.text(path, level="word", length=2).vocabulary == ("<eos>", "<unk>", "word")
+
+
+DEFAULTS = {
+    "digits": {},
+    "toy": {"num_train": 20, "num_test": 10},
+    "pinwheel": {"num_per_class": 10},
+    "synthetic_text": {"num_sentences": 20, "hidden": 5},
+}
+
+
+@pytest.mark.parametrize("name", [*DEFAULTS, "text", "npz"])
+def test_data_do_not_depend_on_the_defaults_of_torch(name, tmp_path):
+    if name == "text":
+        (tmp_path / "text").write_text("ab\nba\n" * 10)
+        name, options = f"text:{tmp_path / 'text'}", {"length": 3}
+    elif name == "npz":
+        np.savez(tmp_path / "x.npz", x_train=np.arange(40.0).reshape(20, 2), y_train=np.arange(20))
+        name, options = f"npz:{tmp_path / 'x.npz'}", {}
+    else:
+        options = DEFAULTS[name]
+    wanted = data.load(name, **options)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        loaded = data.load(name, **options)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    for ours, theirs in zip(loaded, wanted, strict=True):
+        if isinstance(theirs, torch.Tensor):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours == theirs
+    assert wanted.train.dtype in (torch.float32, torch.int64)
+
+
 def test_reserved_words_in_a_text_are_the_reserved_tokens(tmp_path):
     path = tmp_path / "words.txt"
     path.write_text("a <unk> b <eos>\n" * 10)

@@ -234,6 +234,12 @@ def test_options_of_the_loop_have_an_effect(tmp_path, fields):
     assert changed["train_loss"] != plain["train_loss"]
 
 
+def test_fp16_on_the_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^precision: got 'fp16' on the CPU, .*, wanted 'bf16' or 'no'"):
+        train(small(tmp_path / "run", precision="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_runs_of_several_precisions_share_a_process(tmp_path):
     losses = {train(small(tmp_path / str(k), precision=p))["train_loss"] for k, p in enumerate(("no", "bf16", "no"))}
     assert len(losses) == 2
