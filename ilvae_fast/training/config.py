@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,7 +178,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """All fields."""
-        return require("yaml", "train").safe_dump(self.to_dict(), sort_keys=False)
+        return require("yaml", "train").dump(self.to_dict(), Dumper=_dialect()[1], sort_keys=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, which YAML holds; schedules and activations as their fields."""
@@ -205,11 +207,31 @@ class TrainConfig:
         return TrainConfig.from_dict(fields)
 
 
+@functools.cache
+def _dialect() -> tuple[Any, Any]:
+    """How YAML is read and written: 1.2, to which ``no`` is a word and ``1e-3`` a number, where PyYAML has 1.1."""
+    yaml = require("yaml", "train")
+    number = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    patterns = {"bool": ("true|True|TRUE|false|False|FALSE", "tTfF"), "float": (number, "-+.0123456789")}
+
+    def in_version_2(base: Any) -> Any:
+        kept = {
+            first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in patterns]
+            for first, known in base.yaml_implicit_resolvers.items()
+        }
+        kind: Any = type(base.__name__, (base,), {"yaml_implicit_resolvers": kept})
+        for tag, (pattern, first) in patterns.items():
+            kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
+        return kind
+
+    return in_version_2(yaml.SafeLoader), in_version_2(yaml.SafeDumper)
+
+
 def _parsed(source: str, text: str) -> Any:
     """The value of a text in YAML."""
     yaml = require("yaml", "train")
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_dialect()[0])
     except yaml.YAMLError as error:
         raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
 

@@ -47,6 +47,11 @@ class ConvolutionalEncoder(nn.Module):
                 f"data_shape: got {tuple(data_shape)}, wanted (height, width) or (channels, height, width)"
             )
         previous, height, width = self.data_shape
+        if width in (1, 3, 4) and min(previous, height) > 4:
+            raise ValueError(
+                f"data_shape: got {tuple(data_shape)}, which looks like (height, width, channels), wanted (channels, "
+                "height, width): numpy.moveaxis(images, -1, 1)"
+            )
         stages: list[nn.Module] = []
         for count in channels:
             stages += [nn.Conv2d(previous, count, 3, stride=2, padding=1), _Residual(count)]

@@ -110,9 +110,42 @@ def test_values_of_the_wrong_type_are_refused(tmp_path, name):
         small(tmp_path).updated([f"{name}=3"])
 
 
-def test_a_number_that_yaml_takes_for_text_is_explained(tmp_path):
-    with pytest.raises(TypeError, match=r"learning_rate: got str '1e-3'.*1\.0e-3"):
-        small(tmp_path).updated(["learning_rate=1e-3"])
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("learning_rate=1e-3", 1e-3),
+        ("learning_rate=.5E-2", 5e-3),
+        ("epochs=7", 7),
+        ("precision=no", "no"),
+        ("cpu=true", True),
+        ("cpu=False", False),
+        ("output=on", "on"),
+        ("model_options.likelihood_options={scale: 2e-1}", {"likelihood_options": {"scale": 0.2}}),
+        ("model_options.decoder_hidden=[[4], [5, 6]]", {"decoder_hidden": [[4], [5, 6]]}),
+    ],
+)
+def test_values_are_yaml_as_people_write_it(tmp_path, assignment, value):
+    config = small(tmp_path).updated([assignment])
+    name = assignment.partition("=")[0].partition(".")[0]
+    found = getattr(config, name)
+    if isinstance(value, dict):
+        found = {key: found[key] for key in value}
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_every_field_comes_back_from_yaml(tmp_path):
+    """Also words that look like numbers, or like yes and no to YAML 1.1."""
+    config = replace(small(tmp_path), output="1e-3", learning_rate=1e-7, precision="no", data="npz:off")
+    for word in ("1e-3", "no", "off", "true", "12", ".5", "1_000", "2001-01-01", "~", ""):
+        config = replace(config, data_options={"level": word})
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config, word
+
+
+def test_a_word_for_a_number_is_explained(tmp_path):
+    with pytest.raises(TypeError, match=r"learning_rate: got str 'fast'"):
+        small(tmp_path).updated(["learning_rate=fast"])
 
 
 def test_models_are_sized_for_their_data(tmp_path):

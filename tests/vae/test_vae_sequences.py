@@ -22,6 +22,12 @@ def test_a_convolutional_encoder(data_shape):
     assert not torch.allclose(whole.mean[0], whole.mean[1])
 
 
+@pytest.mark.parametrize("data_shape", [(28, 28, 3), (28, 28, 1), (32, 30, 4)])
+def test_channels_that_come_last_are_refused(data_shape):
+    with pytest.raises(ValueError, match=r"^data_shape: got .* wanted \(channels, height, width\): numpy.moveaxis"):
+        VAE(Config(math.prod(data_shape), 3, encoder="conv", encoder_hidden=(4,), data_shape=data_shape))
+
+
 def test_a_module_of_the_users_own_encodes(tmp_path):
     config = small(prior="gaussian_mixture", prior_options={"num_components": 4})
     own = torch.nn.Linear(7, 4 * (1 + 2 * 3))
