@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from .._support.checks import check_positive
+from .._support.checks import check_number, check_positive
 from .._support.errors import unknown_name
 from .dataset import Dataset, on_cpu, split
 
@@ -72,23 +74,40 @@ def text(
     return Dataset(x[train], x[test], None, None, (length,), len(vocabulary), vocabulary, separator)
 
 
+def _checked_range(value: Sequence[float]) -> tuple[float, float]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"range: got {value!r}, wanted the lowest and the highest value, such as [0, 255]")
+    low, high = value
+    for bound in (low, high):
+        check_number("range", bound, least=-math.inf)
+    if not low < high:
+        raise ValueError(f"range: got {list(value)}, wanted the lower value first")
+    return float(low), float(high)
+
+
 def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{kind}:FILE: no file {os.fspath(path)!r} in {os.getcwd()}, wanted {wanted}")
 
 
 @on_cpu
-def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
+def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1, range: Sequence[float] | None = None) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
 
-    Integers of eight bits are scaled from 0 .. 255 to [0, 1]; other numbers become float32, as counts should, so save
-    those in another type. Labels are whole numbers >= 0. Without ``x_test`` a random part, the same every time, is the
-    test part.
+    Labels are whole numbers >= 0. Without ``x_test`` a random part, the same every time, is the test part.
+
+    Args:
+        test_fraction: of the data, where there is no ``x_test``.
+        range: of the values, (lowest, highest), which becomes [0, 1], such as (0, 255) or (-1, 1). None: integers of
+            eight bits are scaled from 0 .. 255, truth values are 0 and 1, and other numbers stay as they are, as counts
+            should, so save those in another type.
 
     Raises:
-        FileNotFoundError, ValueError: a missing or damaged file, or one without ``x_train``; arrays that do not fit, or
-            of another type than ``x_train``; NaN and infinity, with their number; labels that are none.
+        FileNotFoundError, TypeError, ValueError: a bad range, or values outside it; a missing or damaged file, or one
+            without ``x_train``; arrays that do not fit, or of another type than ``x_train``; NaN and infinity, with
+            their number; labels that are none.
     """
+    low, high = (0.0, None) if range is None else _checked_range(range)
     _check_file("npz", path, "what numpy.savez(path, x_train=..) writes")
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -104,15 +123,20 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1) -> Dataset:
             raise ValueError(f"{path}: y_{part} has shape {y.shape}, wanted one label for each datum of x_{part}")
         if x is not None and len(x) == 0:
             raise ValueError(f"{path}: x_{part} has no rows, wanted at least one datum")
-        if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "iuf"):
+        if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "biuf"):
             raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers (N, ...) as in x_train")
         if x is not None and x.dtype != arrays["x_train"].dtype:  # which says how both are scaled
             raise ValueError(f"{path}: x_{part} is {x.dtype}, wanted the type of x_train, {arrays['x_train'].dtype}")
 
     def values(name: str) -> torch.Tensor:
-        scale = 255 if arrays[name].dtype == np.uint8 else 1
+        highest = high if high is not None else 255.0 if arrays[name].dtype == np.uint8 else 1.0
         with np.errstate(over="ignore"):  # what is too large for float32 becomes infinity
-            x = torch.from_numpy(arrays[name].reshape(len(arrays[name]), -1).astype(np.float32)).div_(scale)
+            x = torch.from_numpy(arrays[name].reshape(len(arrays[name]), -1).astype(np.float32))
+        if high is not None and (bad := int(((x < low) | (x > high)).sum())):
+            raise ValueError(
+                f"range: got {[low, high]}, but {name} has {bad} values outside, from {x.min():g} to {x.max():g}"
+            )
+        x = x.sub_(low).div_(highest - low)
         if bad := int((~x.isfinite()).sum()):
             raise ValueError(f"{path}: {name} has {bad} values that are NaN or infinite in float32, wanted none")
         return x

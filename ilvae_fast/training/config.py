@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import data
 from .._support.checks import check_number, check_positive
 from .._support.errors import unknown_name
@@ -280,7 +282,7 @@ def model_config(config: TrainConfig, dataset: Dataset) -> VAEConfig:
     Unless ``model_options`` say otherwise tokens are categorical, images in [0, 1] Bernoulli, other numbers Gaussian.
 
     Raises:
-        ValueError, TypeError: naming the field.
+        ValueError, TypeError: naming the field; no likelihood for what may be pixels, 0 .. 255 or -1 .. 1, or counts.
     """
     fields: dict[str, Any] = {"data_dim": dataset.train.shape[1], "latent_dim": config.latent_dim}
     autoregressive = "autoregressive_hidden" in CONFIGURATIONS[config.model]
@@ -294,6 +296,8 @@ def model_config(config: TrainConfig, dataset: Dataset) -> VAEConfig:
     if dataset.num_categories is not None:
         fields["likelihood_options"] = {"num_categories": dataset.num_categories}
     else:
+        if "likelihood" not in config.model_options:
+            _check_scale(dataset)
         fields["likelihood"] = "bernoulli" if len(dataset.shape) > 1 and dataset.unit_range else "gaussian"
         if len(dataset.shape) in (2, 3):
             fields["data_shape"] = dataset.shape
@@ -304,6 +308,21 @@ def model_config(config: TrainConfig, dataset: Dataset) -> VAEConfig:
             raise ValueError(f"L: got {config.L!r}, wanted a number here: resolved(config, dataset) finds it")
         fields["inverse_lipschitz"] = math.sqrt(config.L)
     return VAEConfig.named(config.model, **{**fields, **config.model_options})
+
+
+def _check_scale(dataset: Dataset) -> None:
+    """Refuse to guess the likelihood of what looks like pixels on another scale: a Gaussian of scale 1 is none."""
+    values = torch.cat([dataset.train, dataset.test])
+    low, high = (float(v) for v in values.aminmax())
+    image = len(dataset.shape) > 1
+    grey = low >= 0 and 1 < high <= 255 and (image or high == 255) and bool((values == values.round()).all())
+    if grey or (image and -1 <= low < 0 and high <= 1):
+        scale = "[0, 255]" if grey else "[-1, 1]"
+        raise ValueError(
+            f"likelihood: none is named for values from {low:g} to {high:g}, which may be pixels on another scale; "
+            f"wanted one of two: data_options.range={scale} makes them 0 to 1; model_options.likelihood=gaussian, or "
+            "poisson for counts, takes them as they are"
+        )
 
 
 def advice_for(config: TrainConfig, dataset: Dataset) -> Advice:

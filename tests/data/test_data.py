@@ -388,6 +388,37 @@ def test_arrays_are_scaled_flattened_and_split(tmp_path):
     torch.testing.assert_close(loaded.test, torch.from_numpy(x[:3].reshape(3, 6) + 1.5).float())
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int64, np.float32, np.float64])
+def test_a_range_becomes_the_unit_interval(tmp_path, dtype):
+    path = tmp_path / "arrays.npz"
+    x = np.linspace(0, 255, 12).round().astype(dtype).reshape(3, 2, 2)
+    np.savez(path, x_train=x, x_test=x)
+    for bounds in ([0, 255], (0.0, 255.0)):
+        loaded = data.load(f"npz:{path}", range=bounds)
+        torch.testing.assert_close(loaded.train, torch.from_numpy(x.reshape(3, 4).astype(np.float32) / 255))
+    signed = (x.astype(np.float64) / 127.5 - 1).astype(np.float32)
+    np.savez(path, x_train=signed, x_test=signed)
+    torch.testing.assert_close(data.load(f"npz:{path}", range=[-1, 1]).test, loaded.test, rtol=0, atol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"^range: got \[0.0, 1.0\], but x_train has [567] values outside, from -1 to 1"
+    ):
+        data.load(f"npz:{path}", range=[0, 1])
+
+
+def test_truth_values_are_zero_and_one(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.eye(4, dtype=bool).reshape(4, 2, 2))
+    loaded = data.load(f"npz:{tmp_path / 'x.npz'}", test_fraction=0.25)
+    assert sorted(loaded.train.unique().tolist()) == [0, 1]
+    assert loaded.unit_range
+
+
+@pytest.mark.parametrize("bounds", ["0, 255", 255, [0], [255, 0], [0, 0], [0, float("nan")], [0, "1"], [True, 2]])
+def test_bad_ranges_are_refused(tmp_path, bounds):
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((4, 2)))
+    with pytest.raises((TypeError, ValueError), match=r"^range: got "):
+        data.load(f"npz:{tmp_path / 'x.npz'}", range=bounds)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

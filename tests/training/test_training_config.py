@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import ilvae_fast as il
 from ilvae_fast.annealing import SCHEDULES, Constant, Cosine, Cyclical, Linear, Piecewise, as_schedule
 from ilvae_fast.data import load
-from ilvae_fast.training import TrainConfig, build_model
+from ilvae_fast.training import TrainConfig, build_model, load_dataset
 from ilvae_fast.vae import CONFIGURATIONS
 from training_cases import OPTIONS, SMALL, small
 
@@ -146,6 +147,38 @@ def test_every_field_comes_back_from_yaml(tmp_path):
 def test_a_word_for_a_number_is_explained(tmp_path):
     with pytest.raises(TypeError, match=r"learning_rate: got str 'fast'"):
         small(tmp_path).updated(["learning_rate=fast"])
+
+
+SCALES = {
+    "uint16": np.arange(256).astype(np.uint16),
+    "int64": np.arange(256),
+    "float32": np.arange(256).astype(np.float32),
+    "a few grey values": np.arange(256) % 7,
+    "signed": np.linspace(-1, 1, 256).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_likelihood_of_pixels_on_another_scale_is_not_guessed(tmp_path, name):
+    np.savez(tmp_path / "x.npz", x_train=SCALES[name].reshape(16, 4, 4))
+    config = TrainConfig(data=f"npz:{tmp_path / 'x.npz'}", model="vae", latent_dim=2)
+    bounds = "[-1, 1]" if name == "signed" else "[0, 255]"
+    with pytest.raises(ValueError, match=rf"^likelihood: none is named .*data_options.range={re.escape(bounds)}"):
+        build_model(config, load_dataset(config))
+    scaled = config.updated([f"data_options.range={bounds}"])
+    assert build_model(scaled, load_dataset(scaled)).config.likelihood == "bernoulli"
+    for likelihood in ("gaussian",) if name == "signed" else ("gaussian", "poisson"):
+        named = config.updated([f"model_options.likelihood={likelihood}"])
+        assert build_model(named, load_dataset(named)).config.likelihood == likelihood
+
+
+def test_flat_pixels_are_known_by_their_largest_value(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.arange(256).reshape(64, 4))
+    config = TrainConfig(data=f"npz:{tmp_path / 'x.npz'}", model="vae", latent_dim=2)
+    with pytest.raises(ValueError, match=r"^likelihood: none is named for values from 0 to 255"):
+        build_model(config, load_dataset(config))
+    np.savez(tmp_path / "x.npz", x_train=np.arange(200).reshape(50, 4))  # whole numbers of a table
+    assert build_model(config, load_dataset(config)).config.likelihood == "gaussian"
 
 
 def test_models_are_sized_for_their_data(tmp_path):
