@@ -18,7 +18,8 @@ def check_number(argument: str, value: Any, *, least: float = 0, above: bool = F
     """
     wanted = f"{'an integer' if whole else 'a finite number'} {'>' if above else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted {wanted}")
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if str(value)[:1].isdecimal() else ""
+        raise TypeError(f"{argument}: got {type(value).__name__} {value!r}, wanted {wanted}{hint}")
     if not math.isfinite(value) or value < least or (above and value == least):
         raise ValueError(f"{argument}: got {value!r}, wanted {wanted}")
 
