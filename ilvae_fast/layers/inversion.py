@@ -86,8 +86,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        *_, needs_y = ctx.needs_input_grad[:4]
-        needed = ctx.needs_input_grad[4:]
+        needs_y, *needed = ctx.needs_input_grad[3:]
         with torch.autocast(cotangent.device.type, enabled=False):
             step = _Step.apply(ctx.activations, cotangent, *ctx.saved_tensors)
             if not any(needed):

@@ -18,7 +18,7 @@ from ..operators import dispatch
 from ..operators.hessian import hessian
 from ..operators.operands import Operands
 
-SINGLE = 1e-5  # float32 goes down to this |T(x) - y|, over 1 + |y|
+_SINGLE = 1e-5  # float32 goes down to this |T(x) - y|, over 1 + |y|
 _PAIRS = 8  # of steps and changes of the slope that BFGS remembers at most
 _SINGLE_STEPS, _DOUBLE_STEPS, _NEWTON_STEPS = 200, 100, 100
 _PATIENCE = 10  # steps of BFGS without a smaller slope, until the next method takes over
@@ -44,7 +44,7 @@ def minimiser(exact: Operands, tolerance: float, initial: Tensor | None) -> Tens
     y = exact.x.reshape(-1, d)
     x = (y if initial is None else initial.reshape(-1, d)).clone()
     wanted = tolerance * (1 + _norm(y))
-    single = cast(exact, torch.float32)
+    single = _cast(exact, torch.float32)
     if not len(y):
         return x.reshape(shape)
     missed, error = 0, 0.0
@@ -69,7 +69,7 @@ def solve(operands: Operands, target: Tensor) -> Tensor:
     return _solve(flat, target.reshape(-1, d), 1e-12).reshape(shape)
 
 
-def cast(operands: Operands, dtype: torch.dtype) -> Operands:
+def _cast(operands: Operands, dtype: torch.dtype) -> Operands:
     """The same operands, without an embedding, in another dtype."""
     x, skip_weight, bias, weights, constant, *_ = operands
     x, skip_weight, bias, constant, *weights = (t.to(dtype) for t in (x, skip_weight, bias, constant, *weights))
@@ -128,7 +128,7 @@ class _Descent(NamedTuple):
 
 def _descend(exact: Operands, single: Operands, y: Tensor, wanted: Tensor, x: Tensor) -> _Descent:
     """All methods, one after the other, from x (N, d)."""
-    near = wanted.clamp(min=SINGLE * (1 + _norm(y)))
+    near = wanted.clamp(min=_SINGLE * (1 + _norm(y)))
     state = _Descent.begin(single, x.float(), y.float(), near.float())
     _quasi_newton(single, state, _SINGLE_STEPS)
     overflown = ~state.x.isfinite().all(-1, keepdim=True)
