@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from .images import digits as digits
 from .images import fashion_mnist as fashion_mnist
 from .images import mnist as mnist
 from .images import omniglot as omniglot
+from .parts import Parts as Parts
 from .synthetic import pinwheel as pinwheel
 from .synthetic import synthetic_text as synthetic_text
 from .synthetic import toy as toy
@@ -40,7 +42,8 @@ def load(name: str, data_root: str | os.PathLike[str] | None = None, **options: 
     Args:
         data_root: folder of the data sets that live in files; None: the environment variable ILVAE_FAST_DATA_ROOT,
             else ``data``. The other data sets, and those named with a path, take no notice of it.
-        options: of the data set, such as ``sigma=7.5`` for ``toy``; see its function.
+        options: of the data set, such as ``sigma=7.5`` for ``toy``; see its function. And of all: ``limit``,
+            ``validation``, ``binarize``; see :class:`Parts`.
 
     Raises:
         ValueError: unknown name of a data set or option (the nearest one is named); a damaged file.
@@ -52,11 +55,15 @@ def load(name: str, data_root: str | os.PathLike[str] | None = None, **options: 
     if key not in DATASETS or (separator and not path):
         raise unknown_name("name", name, DATASETS)
     build = DATASETS[key]
-    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    check_names(f"option of {key}", options, known)
+    own = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    common = [field.name for field in dataclasses.fields(Parts)]
+    check_names(f"option of {key}", options, [*own, *common])
+    parts = Parts(**{option: options.pop(option) for option in common if option in options})
     if separator:
-        return build(path, **options)
-    if "data_root" in inspect.signature(build).parameters:
+        dataset = build(path, **options)
+    elif "data_root" in inspect.signature(build).parameters:
         root = data_root if data_root is not None else os.environ.get("ILVAE_FAST_DATA_ROOT", "data")
-        return build(root, **options)
-    return build(**options)
+        dataset = build(root, **options)
+    else:
+        dataset = build(**options)
+    return parts.of(dataset)

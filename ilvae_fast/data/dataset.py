@@ -13,12 +13,13 @@ _P = ParamSpec("_P")
 
 
 class Dataset(NamedTuple):
-    """Data split into training and test part.
+    """Data split into training and test part, and a validation part if one was asked for.
 
-    train, test: (N, D), float32 values, or int64 tokens where ``num_categories`` is set (-1: no token, for sequences
-    shorter than D). train_labels, test_labels: (N,) int64, or None. shape: of one datum before it was flattened to D
-    values, such as (height, width). num_categories: how many tokens there are. vocabulary: the tokens as people read
-    them, joined by ``separator``.
+    train, test, validation: (N, D), float32 values, or int64 tokens where ``num_categories`` is set (-1: no token, for
+    sequences shorter than D). train_labels, test_labels, validation_labels: (N,) int64, or None. shape: of one datum
+    before it was flattened to D values, such as (height, width). num_categories: how many tokens there are. vocabulary:
+    the tokens as people read them, joined by ``separator``. dynamic: the training data are probabilities, from which
+    each batch draws its zeros and ones anew (:func:`drawn`).
     """
 
     train: Tensor
@@ -29,6 +30,13 @@ class Dataset(NamedTuple):
     num_categories: int | None = None
     vocabulary: tuple[str, ...] | None = None
     separator: str = " "
+    validation: Tensor | None = None
+    validation_labels: Tensor | None = None
+    dynamic: bool = False
+
+    def training_sample(self) -> Tensor:
+        """The training data as a model meets them, once: (N, D), the same every time."""
+        return drawn(self.train, 0) if self.dynamic else self.train
 
     @property
     def unit_range(self) -> bool:
@@ -64,6 +72,11 @@ def on_cpu(build: Callable[_P, Dataset]) -> Callable[_P, Dataset]:
                 torch.set_default_dtype(before)
 
     return built
+
+
+def drawn(probabilities: Tensor, seed: int) -> Tensor:
+    """Zeros and ones with these probabilities, on the CPU, the same for the same seed."""
+    return torch.bernoulli(probabilities, generator=torch.Generator().manual_seed(seed))
 
 
 def split(x: Tensor, labels: Tensor | None, fraction: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

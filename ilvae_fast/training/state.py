@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..data.dataset import drawn
 
 KEPT = 2  # checkpoints that stay
 _CONTENTS = "contents.json"  # of a checkpoint: size and checksum of each of its other files
@@ -63,10 +66,15 @@ class Batches:
 
     The data are permuted anew in each epoch; batch i of all processes together is the i-th run of
     ``batch_size * num_processes`` of them, of which each process takes its part. What does not fill it is left out.
+
+    Args:
+        dynamic: the data are probabilities, of which each batch draws zeros and ones.
     """
 
-    def __init__(self, x: Tensor, batch_size: int, seed: int, process: int = 0, num_processes: int = 1) -> None:
-        self.x, self.batch_size, self.seed = x, batch_size, seed
+    def __init__(
+        self, x: Tensor, batch_size: int, seed: int, process: int = 0, num_processes: int = 1, dynamic: bool = False
+    ) -> None:
+        self.x, self.batch_size, self.seed, self.dynamic = x, batch_size, seed, dynamic
         self.process, self.num_processes = process, num_processes
         self.steps = len(x) // (batch_size * num_processes)
         if self.steps == 0:
@@ -79,8 +87,22 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.x), generator=generator)
         for step in range(start, self.steps):
-            first = (step * self.num_processes + self.process) * self.batch_size
-            yield self.x[order[first : first + self.batch_size]]
+            batch = step * self.num_processes + self.process
+            x = self.x[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            yield drawn(x, self._seed_of(number, batch)) if self.dynamic else x
+
+    def more(self, number: int, step: int, count: int) -> Iterator[Tensor]:
+        """``count`` further random batches at a step of epoch ``number``, for updates of the encoder alone."""
+        for k in range(count):
+            batch = ((k + 1) * self.steps + step) * self.num_processes + self.process
+            seed = self._seed_of(number, batch)
+            rows = torch.randint(len(self.x), (self.batch_size,), generator=torch.Generator().manual_seed(seed))
+            yield drawn(self.x[rows], seed + 1) if self.dynamic else self.x[rows]
+
+    def _seed_of(self, number: int, batch: int) -> int:
+        """Of the noise of one batch: a resumed run draws what the interrupted one would have drawn."""
+        mixed = f"{self.seed} {number} {batch}".encode()
+        return int.from_bytes(hashlib.sha256(mixed).digest()[:7], "big")
 
 
 def latest(folder: Path) -> Path | None:
