@@ -29,6 +29,7 @@ NAMES = {
     "Likelihood NegativeBinomial PRIORS Poisson Prior StandardNormal VAE VAEConfig VAEOutput",
     "ilvae_fast.metrics": "ActiveDirections ActiveUnits Advice Data EpsilonCollapse InverseLipschitz KLDivergence "
     "Reduce RelativeFisher active_directions active_units adapt advise certified_constant clustering_accuracy "
+    "clustering_majority "
     "decoder_given decoder_jacobian diagnose elbo epsilon_collapse gain inverse_lipschitz kl_divergence "
     "mutual_information negative_log_likelihood nll_without_latent relative_fisher",
     "ilvae_fast.training": "Diverged TrainConfig advice_for build_model evaluate gather_in_methods load_dataset "

@@ -69,9 +69,7 @@ class Parts:
         taken = dataset._replace(train=dataset.train[train], train_labels=part(dataset.train_labels, train))
         if not self.validation:
             return taken
-        return taken._replace(
-            validation=part(dataset.train, kept), validation_labels=part(dataset.train_labels, kept)
-        )
+        return taken._replace(validation=part(dataset.train, kept), validation_labels=part(dataset.train_labels, kept))
 
     def _binarized(self, dataset: Dataset) -> Dataset:
         if self.binarize == "none":

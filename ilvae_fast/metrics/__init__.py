@@ -20,6 +20,7 @@ from .advice import advise as advise
 from .batches import Data as Data
 from .batches import Reduce as Reduce
 from .clustering import clustering_accuracy as clustering_accuracy
+from .clustering import clustering_majority as clustering_majority
 from .collapse import ActiveDirections as ActiveDirections
 from .collapse import ActiveUnits as ActiveUnits
 from .collapse import EpsilonCollapse as EpsilonCollapse

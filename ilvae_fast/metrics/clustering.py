@@ -21,6 +21,27 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
         ValueError: shapes that differ, no datum, or negative numbers.
         ImportError: SciPy is not installed; says how to install it.
     """
+    table = _counts(clusters, labels)
+    optimize = require("scipy.optimize", "train")
+    rows, columns = optimize.linear_sum_assignment(table.numpy(), maximize=True)
+    return int(table[rows, columns].sum()) / len(labels)
+
+
+def clustering_majority(clusters: Tensor, labels: Tensor) -> float:
+    """The fraction of data whose label is the most frequent one of their cluster, also called purity: several clusters
+    may stand for one label, so that it is at least :func:`clustering_accuracy` and grows with their number.
+
+    Args:
+        clusters, labels: as there.
+
+    Raises:
+        ValueError: as there.
+    """
+    return int(_counts(clusters, labels).amax(1).sum()) / len(labels)
+
+
+def _counts(clusters: Tensor, labels: Tensor) -> Tensor:
+    """How many data have each cluster and label: (clusters, classes)."""
     if clusters.shape != labels.shape or clusters.dim() != 1:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, wanted that of clusters, {tuple(clusters.shape)}")
     if len(labels) == 0:
@@ -30,7 +51,5 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
             raise ValueError(f"{name}: got {int(values.min())}, wanted numbers >= 0")
     classes = int(labels.max()) + 1
     shape = (int(clusters.max()) + 1, classes)
-    table = torch.bincount(clusters.cpu() * classes + labels.cpu(), minlength=shape[0] * classes).reshape(shape)
-    optimize = require("scipy.optimize", "train")
-    rows, columns = optimize.linear_sum_assignment(table.numpy(), maximize=True)
-    return int(table[rows, columns].sum()) / len(labels)
+    pairs = clusters.cpu() * classes + labels.cpu()
+    return torch.bincount(pairs, minlength=shape[0] * classes).reshape(shape)

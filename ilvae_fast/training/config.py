@@ -30,6 +30,7 @@ from ..vae import CONFIGURATIONS, VAE, VAEConfig
 from ..vae.config import FIRST_OPTIONS
 
 PRECISIONS = ("no", "bf16", "fp16")
+_ADDED = {"initialize", "lagging"}  # fields that the first version did not have
 AUTO = "auto"  # the L that suits the data
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a name") for name in ("data", "model", "precision")),
@@ -57,6 +58,9 @@ class TrainConfig:
             for each of them. Not with free bits, which are of a batch's mean.
         learning_rate, warmup_steps, max_grad_norm: of Adam: its rate, reached on a line; gradients longer than the norm
             are scaled down to it (None: never).
+        lagging: updates of the encoder alone, at most, before each one of the decoder, for as long as the mutual
+            information of the validation data (``data_options.validation``) grows from epoch to epoch: aggressive
+            training of a lagging encoder (He et al., ICLR 2019). 0: none.
         precision: ``no`` (float32), ``bf16`` or ``fp16``, of matrix products.
         seed: of weights, batches and noise.
         checkpoint_every, log_every: in steps.
@@ -85,6 +89,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 0
     max_grad_norm: float | None = None
+    lagging: int = 0
     precision: str = "no"
     seed: int = 0
     checkpoint_every: int = 500
@@ -117,7 +122,7 @@ class TrainConfig:
             raise ValueError(f"L: got {self.L!r}, wanted a finite number >= 0 or {AUTO!r}")
         if self.L is not None and self.L != AUTO:
             check_number("L", self.L)
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "lagging", "seed"):
             check_number(name, getattr(self, name), whole=True)
         if self.batch_size % self.accumulation:
             raise ValueError(
@@ -148,14 +153,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
-        """From plain values. What an earlier version wrote, all fields but ``initialize``, keeps the defaults of then.
+        """From plain values. What the first version wrote, all its fields, keeps the defaults of then.
 
         Raises:
             ValueError: unknown name of a field, with the nearest one.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         check_names("field", fields, names)
-        if set(names) - set(fields) == {"initialize"}:
+        if "initialize" not in fields and set(names) - set(fields) <= _ADDED:
             options = dict(fields["model_options"])
             if options.get("decoder", CONFIGURATIONS[fields["model"]]["decoder"]) == "brenier":
                 options = {"embedding": "identity", **options}
@@ -334,7 +339,7 @@ def advice_for(config: TrainConfig, dataset: Dataset) -> Advice:
     fields = model_config(replace(config, L=None), dataset)
     likelihood = build("likelihood_options", LIKELIHOODS[fields.likelihood], fields.likelihood_options)
     _check_data(config, dataset, likelihood)
-    return advise(dataset.train, config.latent_dim, likelihood)
+    return advise(dataset.training_sample(), config.latent_dim, likelihood)
 
 
 def resolved(config: TrainConfig, dataset: Dataset) -> TrainConfig:

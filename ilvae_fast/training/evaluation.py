@@ -51,12 +51,14 @@ def evaluate(
         progress: called with the part that is done, 0 to 1.
 
     Returns:
-        nll, elbo, gain (None for an autoregressive decoder without a baseline), elbo_kl, kl_per_dimension,
-        active_units, latent_variances, active_directions, direction_variances, epsilon_collapse (by epsilon),
-        mutual_information, mutual_information_limit (log N), kl_minus_mi (on the same N data), fisher,
-        fisher_lower_bound, fisher_projected_residual, fisher_effective_sample_size, certified, measured; for a mixture
-        clustering_accuracy, if the data have labels. If there are any: not_finite, sorted names of the measures with a
-        number that is infinite or NaN; warnings, what :func:`ilvae_fast.metrics.diagnose` says.
+        nll, perplexity (of sequences: exp of the nll of a token), elbo, gain (None for an autoregressive decoder
+        without a baseline), elbo_kl, kl_per_dimension, active_units, latent_variances, active_directions,
+        direction_variances, epsilon_collapse (by epsilon), mutual_information, mutual_information_limit (log N),
+        kl_minus_mi (on the same N data), fisher, fisher_lower_bound, fisher_projected_residual,
+        fisher_effective_sample_size, certified, measured; for a mixture components_used, those to which at least a
+        hundredth of the data is assigned, and if the data have labels clustering_accuracy and clustering_majority. If
+        there are any: not_finite, sorted names of the measures with a number that is infinite or NaN; warnings, what
+        :func:`ilvae_fast.metrics.diagnose` says.
 
     Raises:
         ValueError: fewer test data than processes.
@@ -123,8 +125,13 @@ def evaluate(
         "certified": constant.certified,
         "measured": constant.measured,
     }
-    if labels is not None and clusters is not None:
-        result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
+    if dataset.num_categories is not None:
+        result["perplexity"] = float(torch.tensor(nll * len(x) / int((x >= 0).sum())).exp())
+    if clusters is not None:
+        result["components_used"] = int((clusters.bincount() >= max(1, 0.01 * len(clusters))).sum())
+        if labels is not None:
+            result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
+            result["clustering_majority"] = metrics.clustering_majority(clusters, labels)
     absent = ["certified", "fisher_lower_bound"] if math.isnan(constant.certified) else []
     absent += [] if comparable else ["gain"]
     finite = {name: _finite(value) for name, value in result.items()}

@@ -8,15 +8,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from .. import metrics
 from .._support.extras import require
 from .._support.files import write_atomically
 from ..annealing import Annealer
@@ -34,9 +36,11 @@ _NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every"
 _OF_MEASURING = ("num_importance_samples", "fisher_samples", "eval_limit")
 # what a run leaves in its folder; config.yaml last, for as long as it is there the rest is known to be a run's
 _FILES = (
-    "checkpoints", "history.json", "tensorboard", "model", "metrics.json", "eval.json", "diverged", "samples.png",
-    "samples.npz", "config.yaml",
+    "checkpoints", "history.json", "tensorboard", "model", "best", "metrics.json", "eval.json", "diverged",
+    "samples.png", "samples.npz", "config.yaml",
 )  # fmt: skip
+_LAGGING_DATA = 1000  # whose mutual information says whether the encoder still lags behind
+_LAGGING_STEPS = 10  # updates of the encoder whose mean loss is compared with that of those before
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,6 +93,9 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision: got 'fp16' on the CPU, which has no such products, wanted 'bf16' or 'no'")
     sharding = shard_options(accelerator)
+    if sharding is not None and (config.lagging or config.data_options.get("validation")):
+        name = "lagging" if config.lagging else "data_options.validation"
+        raise ValueError(f"{name}: is for unsharded models, which every process has whole; wanted 0 under FSDP")
     if accelerator.is_main_process:
         with _locked(folder):
             if restart:
@@ -141,6 +148,10 @@ def _train(
     workers = (accelerator.process_index, accelerator.num_processes)
     dataset, set_seed = load_dataset(config), require("accelerate.utils", "train").set_seed
     check_test_data(dataset, config.eval_limit, workers[1])
+    if config.lagging and dataset.validation is None:
+        raise ValueError(
+            "lagging: wants validation data, whose mutual information says when to stop: data_options.validation=1000"
+        )
 
     # the same weights in all processes, then noise of their own, from a seed whose stream was not the weights'
     set_seed(config.seed)
@@ -149,14 +160,16 @@ def _train(
         accelerator.print(f"L = {settled.L:g} by the advice for these data; ilvae-fast advise explains it")
     plain = build_model(settled, dataset)
     if config.initialize and newest is None:
-        plain.initialize(dataset.train)
+        plain.initialize(dataset.training_sample())
     set_seed(int(torch.randint(2**31, ())), device_specific=True)
     if sharding is not None:
         shard(plain, **sharding)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate)
+    # one kernel for all tensors; under FSDP some shards have no elements
+    fused = sharding is None and accelerator.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(plain.parameters(), lr=config.learning_rate, fused=fused)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (config.warmup_steps + 1)))
     annealer, position = Annealer(plain, config.annealing), state.Position(dataset.train)
-    batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers)
+    batches = state.Batches(dataset.train, config.batch_size, config.seed, *workers, dynamic=dataset.dynamic)
     model, optimizer, warmup = accelerator.prepare(plain, optimizer, warmup)
     # under FSDP2 prepare looks parameters up by their addresses, and shards without elements have none
     optimizer.param_groups[0]["params"] = list(plain.parameters())
@@ -173,7 +186,12 @@ def _train(
     steps = config.epochs * batches.steps
     while position.epoch < config.epochs:
         for x in batches.epoch(position.epoch, position.step_in_epoch):
-            values = _step(accelerator, plain, model, optimizer, x.to(accelerator.device), config, position.step)
+            left: list[nn.Parameter] = []
+            if config.lagging and position.lagging:
+                _catch_up(accelerator, plain, model, optimizer, batches, config, position)
+                left = list(plain.encoder.parameters())
+            x = x.to(accelerator.device)
+            values = _step(accelerator, plain, model, optimizer, x, config, position.step, left)
             warmup.step()
             annealer.step()
             position.add(values)
@@ -188,20 +206,25 @@ def _train(
                 state.save(accelerator, checkpoints, position.step)
             if progress is not None:
                 progress(position.step, steps, latest)
-        position.finish_epoch()
+        position.finish_epoch(_validated(accelerator, plain, dataset.validation, config, position))
         if accelerator.is_main_process:
             write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
 
     trained = whole(plain, accelerator.device)
     if accelerator.is_main_process:
         trained.save_pretrained(folder / "model")  # first, so that it is there if measuring fails
-    measures = evaluate(
-        trained, dataset, num_importance_samples=config.num_importance_samples, fisher_samples=config.fisher_samples,
-        limit=config.eval_limit, seed=config.seed, process=workers[0], num_processes=workers[1],
-        reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
+    measured_by = partial(
+        evaluate, dataset=dataset, num_importance_samples=config.num_importance_samples,
+        fisher_samples=config.fisher_samples, limit=config.eval_limit, seed=config.seed, process=workers[0],
+        num_processes=workers[1], reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
         progress=None if progress is None else lambda part: progress(steps, steps, {"measured": part}),
     )  # fmt: skip
+    measures = measured_by(trained)
     measures["train_loss"] = position.history[-1]["loss"]
+    if position.best is not None:
+        same = position.best["epoch"] == position.epoch
+        measured = measures if same else measured_by(VAE.from_pretrained(folder / "best").to(accelerator.device))
+        measures["best"] = {**position.best, **{name: v for name, v in measured.items() if name != "train_loss"}}
     accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)
     for tracker in accelerator.trackers:
         tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
@@ -211,11 +234,56 @@ def _train(
     return measures
 
 
+def _validated(
+    accelerator: Any, plain: VAE, validation: Tensor | None, config: TrainConfig, position: state.Position
+) -> dict[str, float]:
+    """The negative ELBO of the validation data after an epoch, if there are any; keeps the best model so far."""
+    if validation is None:
+        return {}
+    process, count, epoch = accelerator.process_index, accelerator.num_processes, position.epoch + 1
+    x = validation.to(accelerator.device)
+    generator = torch.Generator(accelerator.device).manual_seed(config.seed + process)  # training's noise is its own
+    plain.eval()
+    loss = -metrics.elbo(
+        plain, x[process::count], generator=generator,
+        reduce=lambda t: accelerator.reduce(t.to(accelerator.device), "sum"),
+    )  # fmt: skip
+    if config.lagging and position.lagging:
+        common = torch.Generator(accelerator.device).manual_seed(config.seed)
+        information = metrics.mutual_information(plain, x[:_LAGGING_DATA], generator=common)
+        position.lagging = information > position.information
+        position.information = max(information, position.information)
+    plain.train()
+    if position.best is None or loss < position.best["validation_loss"]:
+        position.best = {"epoch": epoch, "validation_loss": loss}
+        if accelerator.is_main_process:
+            plain.save_pretrained(config.folder / "best")
+    return {"validation_loss": loss}
+
+
+def _catch_up(
+    accelerator: Any, plain: VAE, model: Any, optimizer: Any, batches: state.Batches, config: TrainConfig,
+    position: state.Position,
+) -> None:  # fmt: skip
+    """Updates of the encoder alone, until the mean loss of ten of them grows (He et al., ICLR 2019, algorithm 1)."""
+    before, total = math.inf, 0.0
+    updated = set(plain.encoder.parameters())
+    left = [parameter for parameter in plain.parameters() if parameter not in updated]
+    for k, x in enumerate(batches.more(position.epoch, position.step_in_epoch, config.lagging), 1):
+        values = _step(accelerator, plain, model, optimizer, x.to(accelerator.device), config, position.step, left)
+        total += float(values[0])
+        if k % _LAGGING_STEPS == 0:
+            if total > before:
+                break
+            before, total = total, 0.0
+
+
 def _step(
-    accelerator: Any, plain: VAE, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int
-) -> Tensor:
+    accelerator: Any, plain: VAE, model: Any, optimizer: Any, x: Tensor, config: TrainConfig, step: int,
+    left: Sequence[nn.Parameter] = (),
+) -> Tensor:  # fmt: skip
     """One step of Adam; (loss, reconstruction, KL) of all processes' batches. ``model`` is ``plain`` as accelerate
-    wraps it."""
+    wraps it; ``left``: parameters to leave as they are."""
     before = _before_step(plain, accelerator.device)
     # whose gradients are reduced with the last micro-batch only: a sharded model's would stay whole until then
     waiting = [] if isinstance(plain, FSDPModule) else [model]
@@ -228,6 +296,8 @@ def _step(
             parts.append(torch.stack([output.loss, output.reconstruction.mean(), output.kl.mean()]).detach())
             if accelerator.sync_gradients:
                 _check(accelerator, plain, optimizer, x, torch.stack(parts)[:, 0], before, config, step)
+                for parameter in left:
+                    parameter.grad = None  # Adam passes over it
                 if config.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -34,6 +35,9 @@ class Position:
         self.epoch = self.step_in_epoch = self.step = 0
         self.history: list[dict[str, float]] = []
         self.sums: Tensor | None = None  # of loss, reconstruction and KL over the current epoch, float64
+        self.best: dict[str, float] | None = None  # epoch and negative ELBO on the validation data
+        self.lagging = True  # the encoder is still given more updates, where the run asks for that
+        self.information = -math.inf  # nats of the validation data, the most so far
 
     def add(self, values: Tensor) -> None:
         """Count a step with these means over its batch."""
@@ -42,11 +46,11 @@ class Position:
         self.step_in_epoch += 1
         self.step += 1
 
-    def finish_epoch(self) -> None:
-        """Note the means of the epoch's steps, and start the next one."""
+    def finish_epoch(self, more: dict[str, float]) -> None:
+        """Note the means of the epoch's steps and what ``more`` there is, and start the next one."""
         assert self.sums is not None
         means = self.sums / self.step_in_epoch
-        self.history.append(dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)))
+        self.history.append({**dict(zip(("loss", "reconstruction", "kl"), means.tolist(), strict=True)), **more})
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, None
 
     def state_dict(self) -> dict[str, Any]:

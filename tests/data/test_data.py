@@ -103,7 +103,7 @@ def test_unknown_names_and_bad_options_are_refused(name, options, message):
 
 
 def test_options_of_a_data_set_that_has_none_are_refused():
-    with pytest.raises(ValueError, match="option of digits: got 'sigma', wanted none"):
+    with pytest.raises(ValueError, match="option of digits: got 'sigma', wanted one of binarize, limit, valid"):
         data.load("digits", sigma=1.0)
 
 

@@ -165,7 +165,15 @@ def test_clustering_accuracy_is_the_best_assignment(clusters, classes, count, se
     assert metrics.clustering_accuracy(found, labels) == pytest.approx(best / count)
 
 
+def test_the_majority_of_a_cluster_names_it():
+    clusters, labels = torch.tensor([0, 0, 0, 2, 2, 3]), torch.tensor([1, 1, 0, 1, 1, 0])
+    assert metrics.clustering_majority(clusters, labels) == pytest.approx(5 / 6)
+    assert metrics.clustering_accuracy(clusters, labels) == pytest.approx(3 / 6)
+
+
 def test_bad_clusters_are_refused():
+    with pytest.raises(ValueError, match="clusters: got -1"):
+        metrics.clustering_majority(torch.tensor([-1]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"labels: got shape \(3,\)"):
         metrics.clustering_accuracy(torch.zeros(2).long(), torch.zeros(3).long())
     with pytest.raises(ValueError, match="labels: got no datum"):

@@ -151,7 +151,9 @@ def test_a_run_resumes_with_more_processes_but_not_unsharded(tmp_path, monkeypat
         train(config)
     sharded.rmdir()
     # of two processes, with 3 steps instead of 6 to an epoch
-    monkeypatch.setattr("ilvae_fast.training.state.Batches", lambda x, size, seed, *_: Batches(x, size, seed, 0, 2))
+    monkeypatch.setattr(
+        "ilvae_fast.training.state.Batches", lambda x, size, seed, *_, **__: Batches(x, size, seed, 0, 2)
+    )
     train(config)
     assert len(json.loads((tmp_path / "history.json").read_text())) == 2
 
