@@ -91,10 +91,11 @@ class BrenierDecoder(nn.Module):
             never formed. These m outputs must then move as far as the guarantee asks, even where they are blank pixels.
             Others move further only where the map bends: dT2/dx is positive semi-definite, so that
             ``|h_ij| <= sqrt(h_ii h_jj)``.
-        initialization: of the two maps, as for :class:`BrenierMap`, by default ``"random"`` and ``"sparse"``. Where
-            there are data, :meth:`initialize` makes a better start.
         data_shape: of one datum that the decoder returns, such as (1, 28, 28); by default (D,).
-        device, dtype and further options: those of :class:`BrenierMap`, each single or a pair.
+        device: of the parameters.
+        dtype: of the parameters, as in :class:`BrenierMap`.
+        **options: those of :class:`BrenierMap`, each single or a pair. ``initialization`` is ``("random", "sparse")``
+            by default; where there are data, :meth:`initialize` makes a better start.
 
     Raises:
         ValueError, TypeError: naming the argument; latent_dim > data_dim is refused, no such map is injective.

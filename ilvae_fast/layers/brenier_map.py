@@ -62,9 +62,11 @@ class BrenierMap(WithConstant):
             ``"identity"`` is a map with ``T(x) ~ x`` for x of about unit variance, for transport
             (:mod:`ilvae_fast.layers.identity_start`). It needs at least d hidden units if L < 1, and starts near
             ``L x`` if L >= 1.
-        route, recompute: see :func:`ilvae_fast.plan`.
+        route: ``"auto"``, ``"matmul"`` or ``"fused"``; see :func:`ilvae_fast.plan`.
+        recompute: whether the backward pass recomputes what the forward pass could keep; see :func:`ilvae_fast.plan`.
         validate: check parameters and inputs for NaN, infinity and sign at every call, which synchronises with a GPU.
-        device, dtype: of the parameters. L is kept at least in float32 whatever the dtype of the layer.
+        device: of the parameters.
+        dtype: of the parameters. L is kept at least in float32 whatever the dtype of the layer.
 
     State: skip_weight (S+1, d), bias (S+1,), raw_weights.{0..K-1} [(n_2, n_1), .., (1, n_K)], inverse_lipschitz (1,)
     (raw_inverse_lipschitz (1,) if trained), and _extra_state, which says what function they are the weights of. A state

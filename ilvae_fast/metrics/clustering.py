@@ -12,8 +12,8 @@ def clustering_accuracy(clusters: Tensor, labels: Tensor) -> float:
     """The largest fraction of data whose cluster stands for their label, over all one-to-one assignments of the two.
 
     Args:
-        clusters, labels: (N,) integers from 0, of any number of clusters and classes. Of a mixture, the cluster of x is
-            ``model.inference(x).logits.argmax(-1)``.
+        clusters: (N,) integers from 0. Of a mixture, the cluster of x is ``model.inference(x).logits.argmax(-1)``.
+        labels: (N,) integers from 0; there may be more or fewer classes than clusters.
 
     The assignment is found by the Hungarian method (Kuhn, 1955), as is usual since Yang et al. (2010).
 
@@ -32,7 +32,8 @@ def clustering_majority(clusters: Tensor, labels: Tensor) -> float:
     may stand for one label, so that it is at least :func:`clustering_accuracy` and grows with their number.
 
     Args:
-        clusters, labels: as there.
+        clusters: as there.
+        labels: as there.
 
     Raises:
         ValueError: as there.

@@ -45,28 +45,35 @@ class TrainConfig:
     """All that decides a run.
 
     Args:
-        data: name of the data set (:func:`ilvae_fast.data.load`); data_root: folder of those in files; data_options:
-            options of the data set, such as ``{sigma: 7.5}``.
-        model: a key of ``ilvae_fast.vae.CONFIGURATIONS``; latent_dim: m; model_options: fields of
-            :class:`ilvae_fast.vae.VAEConfig` to set besides or instead, such as ``{likelihood: gaussian}``.
+        data: name of the data set (:func:`ilvae_fast.data.load`).
+        data_root: folder of data sets in files.
+        data_options: options of the data set, such as ``{sigma: 7.5}``.
+        model: a key of ``ilvae_fast.vae.CONFIGURATIONS``.
+        latent_dim: m.
+        model_options: fields of :class:`ilvae_fast.vae.VAEConfig` to set besides or instead, such as
+            ``{likelihood: gaussian}``.
         L: certified inverse-Lipschitz constant ``L1 L2 sigma_min(B)`` of a Brenier decoder, split evenly over its two
             maps; ``"auto"``: what :func:`ilvae_fast.advise` recommends for the training data; None: the model's.
         initialize: start a Brenier decoder from the training data (:meth:`ilvae_fast.BrenierDecoder.initialize`).
         annealing: schedules by name, ``L1``, ``L2`` and ``kl_weight`` (:class:`ilvae_fast.annealing.Annealer`).
-        epochs, batch_size: of training; the batch of each process. What does not fill a batch waits for another epoch.
+        epochs: passes over the training data.
+        batch_size: data in a step, of each process. What does not fill a batch waits for another epoch.
         accumulation: micro-batches that a batch is cut into, to save memory. A moving variance (``optimal``) moves once
             for each of them. Not with free bits, which are of a batch's mean.
-        learning_rate, warmup_steps, max_grad_norm: of Adam: its rate, reached on a line; gradients longer than the norm
-            are scaled down to it (None: never).
+        learning_rate: of Adam.
+        warmup_steps: the rate grows to its value on a line of so many steps.
+        max_grad_norm: gradients longer than this are scaled down to it; None: never.
         lagging: updates of the encoder alone, at most, before each one of the decoder, for as long as the mutual
             information of the validation data (``data_options.validation``) grows from epoch to epoch: aggressive
             training of a lagging encoder (He et al., ICLR 2019). 0: none.
         precision: ``no`` (float32), ``bf16`` or ``fp16``, of matrix products.
         seed: of weights, batches and noise.
-        checkpoint_every, log_every: in steps.
+        checkpoint_every: steps from one checkpoint to the next.
+        log_every: steps from one line of the log to the next.
         loss_limit: nats for a datum above which, or if it is no number, training stops.
-        num_importance_samples, fisher_samples, eval_limit: of the final measures: samples for likelihood and for
-            divergence, and how many of the test data to measure on (None: all; the divergence takes a tenth of them).
+        num_importance_samples: for the likelihood of each datum in the final measures.
+        fisher_samples: for the divergence of each datum there.
+        eval_limit: how many of the test data to measure on; None: all. The divergence takes a tenth of them.
         cpu: stay on the CPU, whatever else there is.
         output: folder of the run; None: ``runs/<data>-<model>-L<L>-seed<seed>``.
 

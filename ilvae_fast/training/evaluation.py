@@ -42,10 +42,13 @@ def evaluate(
     everything else in the model's dtype. Of several processes each takes its part of the data.
 
     Args:
-        num_importance_samples, fisher_samples: for each datum.
+        num_importance_samples: for the likelihood of each datum.
+        fisher_samples: for the divergence of each datum.
         limit: how many of the test data (from the first on) to measure on, a tenth of them for the divergence.
         seed: of all samples.
-        process, num_processes, reduce: for several processes, as in :mod:`ilvae_fast.metrics`.
+        process: which one this is of several processes.
+        num_processes: how many there are.
+        reduce: sums over all of them, as in :mod:`ilvae_fast.metrics`.
         baseline: negative log-likelihood of a model that ignores its latent, for the gain of an autoregressive decoder;
             others are compared with the training data's marginals (:func:`ilvae_fast.metrics.gain`).
         progress: called with the part that is done, 0 to 1.

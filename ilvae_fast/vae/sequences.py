@@ -26,7 +26,8 @@ class AutoregressiveDecoder(nn.Module):
         head: module (..., hidden + latent_dim) -> (..., num_categories).
         latent_dim: m.
         num_categories: V.
-        embedding, hidden: widths of the tokens' embedding and of the LSTM.
+        embedding: width of the tokens' embedding.
+        hidden: width of the LSTM.
 
     Tokens are int64 in 0 .. V - 1; -1 is no token, at the end of a sequence that is shorter than others.
     """
