@@ -6,7 +6,6 @@ import io
 import json
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from ..data import DATASETS
 from ..training import TrainConfig
 from ..vae import CONFIGURATIONS
 from .display import console, is_main, progress_bar, show
+from .errors import Group
 
 if TYPE_CHECKING:
     import typer
@@ -26,6 +26,7 @@ else:
     typer = require("typer", "train")
 
 app = typer.Typer(
+    cls=Group,
     help="""Train and measure variational autoencoders whose decoder cannot ignore its latent.
 
     `ilvae-fast train --data digits --model il-lidvae --L 0.5`, then `ilvae-fast sample` and `eval` with the folder that
@@ -365,21 +366,14 @@ def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: what the user can mend ends in one line and exit status 2, everything else in a traceback."""
+    """The entry point."""
     # torch's own forward mode says it once
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nothing writes to
     import torch
 
-    from ..training.loop import Diverged
-
     try:
         app(args=arguments)
-    except (ValueError, TypeError, OSError, ImportError, Diverged) as error:
-        if os.environ.get("ILVAE_FAST_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

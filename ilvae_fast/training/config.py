@@ -30,7 +30,7 @@ from ..vae import CONFIGURATIONS, VAE, VAEConfig
 from ..vae.config import FIRST_OPTIONS
 
 PRECISIONS = ("no", "bf16", "fp16")
-_ADDED = {"initialize", "lagging"}  # fields that the first version did not have
+_ADDED = {"initialize", "lagging", "checkpoint_minutes"}  # fields that the first version did not have
 AUTO = "auto"  # the L that suits the data
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, str, "a name") for name in ("data", "model", "precision")),
@@ -69,6 +69,8 @@ class TrainConfig:
         precision: ``no`` (float32), ``bf16`` or ``fp16``, of matrix products.
         seed: of weights, batches and noise.
         checkpoint_every: steps from one checkpoint to the next.
+        checkpoint_minutes: the longest time without a checkpoint. One is written at the end of an epoch, too, unless
+            epochs are so short that it would slow training down.
         log_every: steps from one line of the log to the next.
         loss_limit: nats for a datum above which, or if it is no number, training stops.
         num_importance_samples: for the likelihood of each datum in the final measures.
@@ -100,6 +102,7 @@ class TrainConfig:
     precision: str = "no"
     seed: int = 0
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 5.0
     log_every: int = 50
     loss_limit: float = 1e9
     num_importance_samples: int = 100
@@ -121,7 +124,7 @@ class TrainConfig:
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         if self.eval_limit is not None:
             object.__setattr__(self, "eval_limit", check_positive("eval_limit", self.eval_limit))
-        for name in ("learning_rate", "loss_limit"):
+        for name in ("learning_rate", "loss_limit", "checkpoint_minutes"):
             check_number(name, getattr(self, name), above=True)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, above=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .. import metrics
 from .._support.extras import require
-from .._support.files import write_atomically
+from .._support.files import locked, write_atomically
 from ..annealing import Annealer
 from ..layers.constant import accept_constants
 from ..vae import VAE, VAEConfig, VAEOutput
@@ -32,7 +31,7 @@ from .evaluation import check_test_data, evaluate
 Progress = Callable[[int, int, dict[str, float]], None]
 
 # fields that change no result, and those that change none before it is measured
-_NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every")
+_NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every", "checkpoint_minutes")
 _OF_MEASURING = ("num_importance_samples", "fisher_samples", "eval_limit")
 # what a run leaves in its folder; config.yaml last, for as long as it is there the rest is known to be a run's
 _FILES = (
@@ -51,6 +50,9 @@ class Diverged(RuntimeError):
 
 def train(config: TrainConfig, progress: Progress | None = None, restart: bool = False) -> dict[str, Any]:
     """Train the model of ``config`` and measure it; a run that was interrupted goes on where its last checkpoint is.
+
+    So does one with more ``epochs`` than before, finished or not. Ctrl-C writes a checkpoint after the step and then
+    raises; a second one raises at once.
 
     On the CPU a run that was killed ends with the same numbers, bit for bit, as one that was not. Under ``torchrun`` or
     ``accelerate launch`` all processes call this. With ``--use_fsdp --fsdp_version 2`` parameters, gradients and Adam's
@@ -71,6 +73,7 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
 
     Raises:
         Diverged: training went wrong.
+        KeyboardInterrupt: says from which step the run will go on.
         ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise, on other
             data, or damaged; with ``restart`` a folder that holds something, but no run; FSDP1.
         ImportError: accelerate or tensorboard is not installed; says how to install it.
@@ -79,6 +82,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     require("tensorboard", "train")
     check_fsdp_version()
     folder = config.folder
+    if not restart and _is_finished(config, folder):
+        return json.loads((folder / "metrics.json").read_text())
     shared = require("accelerate.state", "train").AcceleratorState  # one of each process, with one precision
     if shared._shared_state and shared().mixed_precision != config.precision:
         shared._reset_state(reset_partial_state=True)
@@ -96,21 +101,28 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     if sharding is not None and (config.lagging or config.data_options.get("validation")):
         name = "lagging" if config.lagging else "data_options.validation"
         raise ValueError(f"{name}: is for unsharded models, which every process has whole; wanted 0 under FSDP")
-    if accelerator.is_main_process:
-        with _locked(folder):
+    try:
+        if not accelerator.is_main_process:
+            return _train(accelerator, config, folder, progress, sharding)
+        with _alone(folder):
             if restart:
                 _clear(folder)
             return _train(accelerator, config, folder, progress, sharding)
-    return _train(accelerator, config, folder, progress, sharding)
+    except KeyboardInterrupt:
+        newest = state.latest(folder / "checkpoints")
+        start = (
+            "has no checkpoint yet and starts anew" if newest is None else f"goes on from step {int(newest.name[5:])}"
+        )
+        raise KeyboardInterrupt(f"interrupted: the run in {folder} {start} the next time") from None
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One run in a folder at a time; the lock goes with the process, however that ends."""
+def _alone(folder: Path) -> Iterator[None]:
+    """One run in a folder at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / ".lock"))
         except BlockingIOError:
             raise ValueError(f"output: another process is training in {folder}") from None
         yield
@@ -134,9 +146,8 @@ def _train(
     accelerator: Any, config: TrainConfig, folder: Path, progress: Progress | None, sharding: dict[str, Any] | None
 ) -> dict[str, Any]:
     accelerator.wait_for_everyone()
-    _check_folder(config, folder)
     finished = folder / "metrics.json"
-    if finished.is_file():
+    if _is_finished(config, folder):
         return json.loads(finished.read_text())
     checkpoints = folder / "checkpoints"
     newest = state.latest(checkpoints)
@@ -176,6 +187,9 @@ def _train(
     accelerator.register_for_checkpointing(annealer, position)
 
     if accelerator.is_main_process:
+        if finished.is_file():  # with fewer epochs
+            (folder / "eval.json").unlink(missing_ok=True)
+            finished.unlink()
         write_atomically(folder / "config.yaml", config.to_yaml())
     accelerator.wait_for_everyone()
     if newest is not None:
@@ -184,31 +198,38 @@ def _train(
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": position.step + 1}})
 
     steps = config.epochs * batches.steps
-    while position.epoch < config.epochs:
-        for x in batches.epoch(position.epoch, position.step_in_epoch):
-            left: list[nn.Parameter] = []
-            if config.lagging and position.lagging:
-                _catch_up(accelerator, plain, model, optimizer, batches, config, position)
-                left = list(plain.encoder.parameters())
-            x = x.to(accelerator.device)
-            values = _step(accelerator, plain, model, optimizer, x, config, position.step, left)
-            warmup.step()
-            annealer.step()
-            position.add(values)
-            latest: dict[str, float] = {}
-            if position.step % config.log_every == 0:
-                latest = dict(zip(("loss", "reconstruction", "kl"), values.tolist(), strict=True))
-                logged = {f"train/{k}": v for k, v in latest.items()} | {
-                    f"schedule/{k}": v for k, v in annealer.values().items()
-                }
-                accelerator.log(logged, step=position.step)
-            if position.step % config.checkpoint_every == 0 or position.step == steps:
-                state.save(accelerator, checkpoints, position.step)
-            if progress is not None:
-                progress(position.step, steps, latest)
-        position.finish_epoch(_validated(accelerator, plain, dataset.validation, config, position))
-        if accelerator.is_main_process:
-            write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
+    clock = state.Clock(config.checkpoint_minutes)
+    with state.Interrupts(patient=workers[1] > 1) as interrupts:
+        while position.epoch < config.epochs:
+            for x in batches.epoch(position.epoch, position.step_in_epoch):
+                left: list[nn.Parameter] = []
+                if config.lagging and position.lagging:
+                    _catch_up(accelerator, plain, model, optimizer, batches, config, position)
+                    left = list(plain.encoder.parameters())
+                x = x.to(accelerator.device)
+                values = _step(accelerator, plain, model, optimizer, x, config, position.step, left)
+                warmup.step()
+                annealer.step()
+                position.add(values)
+                latest: dict[str, float] = {}
+                if position.step % config.log_every == 0:
+                    latest = dict(zip(("loss", "reconstruction", "kl"), values.tolist(), strict=True))
+                    logged = {f"train/{k}": v for k, v in latest.items()} | {
+                        f"schedule/{k}": v for k, v in annealer.values().items()
+                    }
+                    accelerator.log(logged, step=position.step)
+                due = clock.due(position.step_in_epoch == batches.steps)
+                due, interrupted = state.agreed(accelerator, due, interrupts.asked)
+                if due or interrupted or position.step % config.checkpoint_every == 0 or position.step == steps:
+                    with clock:
+                        state.save(accelerator, checkpoints, position.step)
+                if progress is not None:
+                    progress(position.step, steps, latest)
+                if interrupted:
+                    raise KeyboardInterrupt
+            position.finish_epoch(_validated(accelerator, plain, dataset.validation, config, position))
+            if accelerator.is_main_process:
+                write_atomically(folder / "history.json", json.dumps(position.history, indent=2) + "\n")
 
     trained = whole(plain, accelerator.device)
     if accelerator.is_main_process:
@@ -369,12 +390,21 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
         return model, [model(part) for part in saved["x"].to(device).chunk(saved["accumulation"])]
 
 
-def _check_folder(config: TrainConfig, folder: Path) -> None:
-    path = folder / "config.yaml"
-    if path.is_file():
-        old = TrainConfig.from_yaml(path).to_dict()
-        ignored = _NOT_OF_THE_RUN if (folder / "metrics.json").is_file() else (*_NOT_OF_THE_RUN, *_OF_MEASURING)
-        if changed := differences(old, config.to_dict(), ignored):
-            raise ValueError(
-                f"output: {folder} holds another run: {'; '.join(changed)}. Choose another folder or --restart this"
-            )
+def _is_finished(config: TrainConfig, folder: Path) -> bool:
+    """Whether the folder holds this run, with nothing left to do.
+
+    Raises:
+        ValueError: it holds another one.
+    """
+    path, measured = folder / "config.yaml", (folder / "metrics.json").is_file()
+    if not path.is_file():
+        return measured
+    old = TrainConfig.from_yaml(path)
+    more = config.epochs > old.epochs
+    ignored = [*_NOT_OF_THE_RUN, *(_OF_MEASURING if more or not measured else ()), *(("epochs",) if more else ())]
+    if changed := differences(old.to_dict(), config.to_dict(), ignored):
+        raise ValueError(
+            f"output: {folder} holds another run: {'; '.join(changed)}. Choose another folder, or --restart this one: "
+            "a run goes on with more epochs, and with no other change"
+        )
+    return measured and not more

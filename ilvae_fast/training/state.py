@@ -7,6 +7,9 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._support.files import sync
 from ..data.dataset import drawn
 
 KEPT = 2  # checkpoints that stay
@@ -109,6 +113,67 @@ class Batches:
         return int.from_bytes(hashlib.sha256(mixed).digest()[:7], "big")
 
 
+class Clock:
+    """Says when a checkpoint is due by the time that has passed since the last one.
+
+    After ``minutes``, and at the end of an epoch, unless epochs are so short that writing would take more than a
+    twentieth of the time. ``with clock:`` goes around the writing of one.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.since, self.cost = time.monotonic(), 0.0
+
+    def due(self, end_of_epoch: bool) -> bool:
+        waited = time.monotonic() - self.since
+        return waited >= self.seconds or (end_of_epoch and waited >= 20 * self.cost)
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        start, self.since = self.since, time.monotonic()
+        self.cost = self.since - start
+
+
+class Interrupts:
+    """Within it Ctrl-C is ``asked`` for rather than raised, so that a step can end and be saved; a second one raises.
+
+    Where the program has a handler of its own, or this is no main thread, everything stays as it is.
+
+    Args:
+        patient: no second one raises: launchers of several processes pass Ctrl-C on to those that have had it.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
+        self.asked, self.patient = False, patient
+
+    def _note(self, *_: object) -> None:
+        if self.asked and not self.patient:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> Interrupts:
+        here = threading.current_thread() is threading.main_thread()
+        self.taken = here and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.taken:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.taken:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.asked and kind is None:
+            raise KeyboardInterrupt
+
+
+def agreed(accelerator: Any, *here: bool) -> list[bool]:
+    """What is true in any process, so that all do the same."""
+    if accelerator.num_processes == 1:
+        return list(here)
+    return (accelerator.reduce(torch.tensor(here, device=accelerator.device).float(), "sum") > 0).tolist()
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder``."""
     found = sorted(folder.glob("step-*"))
@@ -138,9 +203,9 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
         contents = {os.fspath(path.relative_to(partial)): _summary(path) for path in files}
         (partial / _CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         os.replace(partial, target)
-        _sync(folder)
+        sync(folder)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
             hidden = folder / f".old-{old.name}"  # never half of one under its own name
             os.replace(old, hidden)
@@ -176,11 +241,3 @@ def _summary(path: Path) -> list[int] | None:
         while part := file.read(2**20):
             checksum = zlib.crc32(part, checksum)
     return [path.stat().st_size, checksum]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

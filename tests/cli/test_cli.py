@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from rich.console import Console
 
 from ilvae_fast import cli
 from ilvae_fast.training import TrainConfig
+from ilvae_fast.training.state import latest
 from ilvae_fast.vae import CONFIGURATIONS
 from training_cases import run_command
 
@@ -163,6 +166,52 @@ def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, mess
     assert not list(tmp_path.rglob("*.json"))
 
 
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """``ilvae-fast ARGUMENTS`` in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "ilvae_fast", *arguments], cwd=cwd, env=environment, **pipes)
+
+
+def test_ctrl_c_saves_says_so_and_exits_130(tmp_path, capsys):
+    command = ["train", *SMALL, "--epochs", "100000", "--output", str(tmp_path / "run")]
+    process = start(*command, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (checkpoint := latest(tmp_path / "run" / "checkpoints")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    newest = latest(tmp_path / "run" / "checkpoints")
+    assert process.returncode == 130
+    assert newest.name > checkpoint.name
+    assert printed.splitlines()[-1] == (
+        f"interrupted: the run in {tmp_path / 'run'} goes on from step {int(newest.name[5:])} the next time"
+    )
+    assert "Traceback" not in printed
+
+
+def test_a_bug_is_not_dressed_as_an_error_of_the_user(capsys, monkeypatch):
+    def none_plus_one():
+        return None + 1
+
+    def read():
+        raise EOFError("no more")
+
+    for broken, words in ((none_plus_one, "unsupported operand"), (lambda: int("x"), "invalid literal")):
+        monkeypatch.setattr("ilvae_fast.operators.extension.build_info", broken)
+        with pytest.raises((TypeError, ValueError), match=words):
+            cli.main(["info"])
+    monkeypatch.setattr("ilvae_fast.operators.extension.build_info", read)
+    printed = run_command(capsys, "info", status=1)
+    assert "Aborted" not in printed
+    assert printed.endswith("EOFError: no more\n")
+
+
 @pytest.mark.parametrize("command", ["train", "advise", "eval", "sample", "sweep", "report", "bench", "info"])
 def test_help_of_each_command_says_what_it_does(capsys, command):
     assert "Usage" in run_command(capsys, command, "--help")
@@ -176,8 +225,7 @@ def test_help_names_every_field_and_model(capsys):
 
 @pytest.mark.slow
 def test_the_module_is_a_command(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ilvae_fast", "train", *SMALL, "--L", "0.5", "--output", str(tmp_path / "run")]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert process.returncode == 0, process.stderr
+    process = start("train", *SMALL, "--L", "0.5", "--output", str(tmp_path / "run"), cwd=tmp_path)
+    _, printed = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
     assert (tmp_path / "run" / "metrics.json").is_file()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from ilvae_fast.training import TrainConfig, train
-from ilvae_fast.training.state import Batches, Position, latest
+from ilvae_fast.training.state import Batches, Clock, Interrupts, Position, latest
 from ilvae_fast.vae import VAE
 from training_cases import OPTIONS, interrupted, small
 
@@ -99,6 +102,133 @@ def test_tensorboard_shows_each_step_once(tmp_path):
                 shown = [step for step in shown if step < event.step]
             shown += [event.step for value in event.summary.value if value.tag == "train/loss"]
     assert shown == list(range(1, 13))
+
+
+def test_the_end_of_a_short_epoch_is_saved(tmp_path):
+    assert interrupted(small(tmp_path)).name == "step-000000006"  # of 12, long before checkpoint_every
+
+
+def test_checkpoints_follow_the_clock(tmp_path):
+    assert interrupted(small(tmp_path, checkpoint_minutes=1e-9)).name == "step-000000008"
+
+
+def test_the_clock_waits_for_minutes_and_for_epochs_worth_their_writing(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(minutes=2)
+    assert clock.due(end_of_epoch=True)
+    assert not clock.due(end_of_epoch=False)
+    with clock:
+        now[0] += 3  # seconds of writing
+    for waited, epoch, step in ((59, False, False), (61, True, False), (119, True, False), (120, True, True)):
+        now[0] = 103 + waited
+        assert (clock.due(True), clock.due(False)) == (epoch, step), waited
+
+
+def ctrl_c(*at: int):
+    """Progress that sends SIGINT to the process after steps ``at``, and notes the steps."""
+    steps = []
+
+    def progress(step, steps_in_all, values):
+        steps.append(step)
+        if step in at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress, steps
+
+
+def test_ctrl_c_saves_and_the_run_ends_bitwise_the_same(tmp_path):
+    whole = train(small(tmp_path / "whole"))
+    config = small(tmp_path / "run")
+    progress, steps = ctrl_c(7)
+    where = rf"^interrupted: the run in {tmp_path / 'run'} goes on from step 8 the next time$"
+    with pytest.raises(KeyboardInterrupt, match=where):
+        train(config, progress)
+    assert steps[-1] == 8  # the step that was under way
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen = []
+    assert train(config, lambda step, *_: seen.append(step)) == whole
+    assert seen[0] == 9
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
+    def twice(*arguments):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr("ilvae_fast.training.loop._step", twice)
+    with pytest.raises(KeyboardInterrupt, match="has no checkpoint yet and starts anew the next time"):
+        train(small(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_launchers_may_pass_ctrl_c_on_to_those_that_had_it():
+    interrupts = Interrupts(patient=True)
+    interrupts.__enter__()
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert interrupts.asked
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.__exit__(None)
+
+
+def test_a_handler_of_the_program_stays(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        progress, steps = ctrl_c(3)
+        train(small(tmp_path), progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [True]
+    assert steps[:12] == list(range(1, 13))
+
+
+def test_epochs_may_be_raised(tmp_path):
+    whole = train(small(tmp_path / "whole", epochs=3))
+    config = small(tmp_path / "run")
+    train(replace(config, epochs=1))
+    interrupted(config)  # a finished run, then an interrupted one
+    (tmp_path / "run" / "eval.json").write_text("{}")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert train(config)["train_loss"] != whole["train_loss"]
+    more = replace(config, epochs=3, num_importance_samples=4)
+    seen = []
+    assert train(more, lambda step, *_: seen.append(step))["train_loss"] == whole["train_loss"]
+    assert seen[0] == 13
+    assert not (tmp_path / "run" / "eval.json").exists()  # it was of two epochs
+    states = [VAE.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "run")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    for fields, change in (({"epochs": 2}, "epochs was 3, is 2"), ({"epochs": 4, "seed": 1}, "seed was 0, is 1")):
+        with pytest.raises(ValueError, match=f"output: .* holds another run: {change}"):
+            train(replace(more, **fields))
+
+
+def refuse_with(number: int):
+    def refuse(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("fcntl.flock", refuse_with(number))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: no file can be locked there .*: make sure that one process"):
+        assert train(small(tmp_path))
+
+
+def test_folders_without_fsync_are_warned_of(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        return refuse_with(errno.EINVAL)() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.warns(UserWarning, match=rf"{tmp_path}.*: its file system has no fsync .* may be lost"):
+        assert train(small(tmp_path))
+    assert latest(tmp_path / "checkpoints").name == "step-000000012"
 
 
 # Imports once, then forks for each configuration that it reads and prints the number of the child; for an empty line it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -116,6 +117,38 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
         _files.write_atomically(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_after_the_replacement_does_not_fail_the_write(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replaced(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replaced)
+    with pytest.raises(KeyboardInterrupt):
+        _files.write_atomically(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "pathlib.Path.mkdir"])
+def test_an_error_names_the_file_that_could_not_be_written(tmp_path, monkeypatch, call):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'deep' / 'file'}'"):
+        _files.write_atomically(tmp_path / "deep" / "file", "new")
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*file*"))
+
+
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path):
+    path = tmp_path / ("ß" * 127)
+    _files.write_atomically(path, "new")
+    assert path.read_text() == "new"
 
 
 def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
