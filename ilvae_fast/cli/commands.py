@@ -273,15 +273,62 @@ def sweep(
 
 
 @app.command()
-def report(
-    what: Annotated[str, typer.Argument(help="toy, or a folder with runs in it.")],
-    results: Annotated[Path, typer.Option(help="Folder of the toy study's results.")] = Path("results/toy"),
+def study(
+    file: Annotated[Path, typer.Argument(help="The study, such as studies/images.yaml.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Its trial: a few small runs, to see it work.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder of its results; else results/NAME.")] = None,
+    data_root: DataRoot = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs beside each other; else one for each core.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Begin no run after so long; the same command goes on.")] = None,
 ) -> None:
-    """Show finished runs in one table; `report toy` draws the figures of the toy study from its results."""
-    if what == "toy":
-        from ..training.toy_report import draw
+    """Do the runs of a study that are not done yet, each a file, then draw its figures and tables.
 
-        for path in draw(results):
+    `ilvae-fast study studies/images.yaml --data-root DATA`
+
+    A study that was killed goes on when the command is given again, its unfinished runs from their checkpoints.
+    """
+    from ..training.study import Study, run_study
+    from ..training.study_report import draw
+
+    described = Study.from_yaml(file, quick)
+    folder = output if output is not None else Path("results") / (described.name + ("-quick" if quick else ""))
+    command = ["ilvae-fast", "study", file.as_posix(), *(["--quick"] if quick else [])]
+    jobs = jobs or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    start = time.monotonic()
+
+    def said(name: str, done: int, count: int, error: str | None) -> None:
+        took = f"{(time.monotonic() - start) / 60:.1f} min"
+        console().print(f"{done} of {count}, {took}: {name}{f': {error}' if error else ''}", markup=False)
+
+    complete = run_study(
+        described, folder, data_root=data_root, jobs=jobs, seconds=seconds, command=" ".join(command), on_run=said
+    )
+    for path in draw(folder, json.loads((folder / "study.json").read_text())):
+        print(path)
+    if not complete:
+        print("not done yet: the same command goes on")
+
+
+@app.command()
+def report(
+    what: Annotated[str, typer.Argument(help="Name or folder of a study, or a folder with runs in it.")],
+    results: Annotated[Path | None, typer.Option(help="Folder of the study's results; else results/NAME.")] = None,
+) -> None:
+    """Show finished runs in one table; of a study, draw figures and tables from its results.
+
+    `ilvae-fast report runs`, `ilvae-fast report images`
+    """
+    folder = results if results is not None else Path("results") / what
+    if what == "toy":
+        from ..training.toy_report import draw as draw_toy
+
+        for path in draw_toy(folder):
+            print(path)
+        return
+    if (folder / "study.json").is_file():
+        from ..training.study_report import draw
+
+        for path in draw(folder, json.loads((folder / "study.json").read_text())):
             print(path)
         return
     found = sorted(Path(what).glob("**/metrics.json"))

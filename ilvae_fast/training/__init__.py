@@ -4,7 +4,9 @@ config = TrainConfig(data="mnist", model="il-lidvae", L=1.0, epochs=2)
 measures = train(config)               # the command line's ``ilvae-fast train``
 
 ``config.py`` what a run is; ``loop.py`` the loop; ``state.py`` what a checkpoint holds and how it is written;
-``evaluation.py`` the measures of a trained model; ``sweep.py`` grids of runs; ``distributed.py`` FSDP2.
+``evaluation.py`` the measures of a trained model; ``sweep.py`` grids of runs;
+``study.py`` grids of runs that a file describes, ``study_report.py`` their figures and tables; ``distributed.py``
+FSDP2.
 """
 
 from .config import TrainConfig as TrainConfig
@@ -17,4 +19,6 @@ from .evaluation import evaluate as evaluate
 from .loop import Diverged as Diverged
 from .loop import reproduce as reproduce
 from .loop import train as train
+from .study import Study as Study
+from .study import run_study as run_study
 from .sweep import sweep as sweep

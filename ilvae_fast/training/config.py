@@ -188,10 +188,7 @@ class TrainConfig:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"config: no file {os.fspath(path)!r}, wanted YAML with fields of a run")
-        fields = _parsed(os.fspath(path), Path(path).read_text())
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"{os.fspath(path)}: got {type(fields).__name__}, wanted fields with their values")
-        return cls.from_dict(fields)
+        return cls.from_dict(read_yaml(path))
 
     def to_yaml(self) -> str:
         """All fields."""
@@ -242,6 +239,18 @@ def _dialect() -> tuple[Any, Any]:
         return kind
 
     return in_version_2(yaml.SafeLoader), in_version_2(yaml.SafeDumper)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The fields in a YAML file.
+
+    Raises:
+        ValueError: no YAML, or no mapping of names to values.
+    """
+    fields = _parsed(os.fspath(path), Path(path).read_text())
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{os.fspath(path)}: got {type(fields).__name__}, wanted fields with their values")
+    return fields
 
 
 def _parsed(source: str, text: str) -> Any:
