@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .._support.extras import require
-from ..data import DATASETS
+from ..data import DATASETS, Dataset, is_file
 from ..training import TrainConfig
 from ..vae import CONFIGURATIONS
 from .display import console, is_main, progress_bar, show
@@ -169,6 +169,7 @@ def advise(
 @app.command(name="eval", epilog=_MEASURES)
 def evaluate(
     run: Run,
+    data: Annotated[str | None, typer.Option(help="Where the run's npz:FILE or text:FILE is now.")] = None,
     data_root: DataRoot = None,
     importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.", min=1)] = 500,
     fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
@@ -179,7 +180,8 @@ def evaluate(
     from .._support.files import write_atomically
     from ..training import evaluate as measure
 
-    _, model, dataset = _finished(run, data_root)
+    config, model = _finished(run)
+    dataset = _data_of(run, config, data, data_root)
     with progress_bar(str(run)) as progress:
         measures = measure(
             model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
@@ -203,7 +205,12 @@ def sample(
 
     from .._support.files import write_atomically
 
-    _, model, dataset = _finished(run, data_root)
+    config, model = _finished(run)
+    form = run / "data.json"
+    if form.is_file():
+        dataset = Dataset.of_form(json.loads(form.read_text()))
+    else:  # a run of an earlier version
+        dataset = _data_of(run, config, None, data_root)
     x = model.eval().sample(count, torch.Generator().manual_seed(seed), noise)
     if dataset.num_categories is not None:
         for line in dataset.to_text(x):
@@ -397,19 +404,36 @@ def info() -> None:
         print(f"{name:<20} {value}")
 
 
-def _finished(run: Path, data_root: str | None) -> tuple[TrainConfig, Any, Any]:
-    """Configuration, model and data of a run."""
-    from ..training import load_dataset
+def _finished(run: Path) -> tuple[TrainConfig, Any]:
+    """Configuration and model of a run."""
     from ..vae import VAE
 
     if not (run / "model").is_dir() or not (run / "config.yaml").is_file():
         raise FileNotFoundError(
             f"run: no finished run in {os.fspath(run)!r}, wanted a folder with config.yaml and model/"
         )
-    config = TrainConfig.from_yaml(run / "config.yaml")
-    if data_root is not None:
-        config = replace(config, data_root=data_root)
-    return config, VAE.from_pretrained(run / "model"), load_dataset(config)
+    return TrainConfig.from_yaml(run / "config.yaml"), VAE.from_pretrained(run / "model")
+
+
+def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | None) -> Any:
+    """The data of a run, which may have been moved: named anew, or by their name in another folder."""
+    from ..training import load_dataset
+    from ..training.state import checksum
+
+    if name is None and data_root is not None and is_file(config.data):
+        kind, _, path = config.data.partition(":")
+        name = f"{kind}:{os.path.basename(path)}"
+    given = {"data": name, "data_root": data_root}
+    config = replace(config, **{field: value for field, value in given.items() if value is not None})
+    dataset = load_dataset(config)
+    if is_file(config.data) and (run / "data.json").is_file():
+        wanted, found = json.loads((run / "data.json").read_text())["checksum"], checksum(dataset.train)
+        if found != wanted:
+            raise ValueError(
+                f"data: the training data in {config.located().data} have the checksum {found:08x}, and those of the "
+                f"run {wanted:08x}; bring these back, or name where they are by --data"
+            )
+    return dataset
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

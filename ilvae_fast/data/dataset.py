@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ class Dataset(NamedTuple):
     def unit_range(self) -> bool:
         """Whether all values lie in [0, 1], as grey values do."""
         return all(bool(((x >= 0) & (x <= 1)).all()) for x in (self.train, self.test))
+
+    def form(self) -> dict[str, Any]:
+        """All but the data, as JSON can hold it: what it takes to show what a model makes."""
+        names = ("shape", "num_categories", "vocabulary", "separator")
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in names}
+
+    @classmethod
+    def of_form(cls, form: Mapping[str, Any]) -> Dataset:
+        """A data set of this form, without data."""
+        vocabulary = form["vocabulary"]
+        words = None if vocabulary is None else tuple(vocabulary)
+        nothing = torch.empty(0, math.prod(form["shape"]), device="cpu")
+        shape = tuple(form["shape"])
+        return cls(nothing, nothing, None, None, shape, form["num_categories"], words, form["separator"])
 
     def to_text(self, tokens: Tensor) -> list[str]:
         """Sequences of tokens (n, D) as text, up to their first ``<eos>``; without a vocabulary as numbers."""

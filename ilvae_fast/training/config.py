@@ -156,10 +156,20 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run goes."""
         if self.output is not None:
-            return Path(self.output)
+            return Path(os.path.expanduser(self.output))
         name = self.data.replace(":", "-").replace(os.sep, "-")
         constant = "" if self.L is None else f"-{constant_name(self.L)}"
         return Path("runs") / f"{name}-{self.model}{constant}-seed{self.seed}"
+
+    def located(self) -> TrainConfig:
+        """The same run for whoever is in another folder: with absolute paths, as it is saved.
+
+        Raises:
+            ValueError: unknown name of a data set.
+        """
+        name, root = data.located("data", self.data, self.data_root)
+        output = os.path.abspath(self.folder)
+        return replace(self, data=name, data_root=None if root is None else os.fspath(root), output=output)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainConfig:
@@ -287,6 +297,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignored: Sequenc
 
 def load_dataset(config: TrainConfig) -> Dataset:
     """The data of a run."""
+    config = config.located()
     return data.load(config.data, config.data_root, **config.data_options)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .. import metrics
+from .. import data, metrics
 from .._support.extras import require
 from .._support.files import locked, write_atomically
 from ..annealing import Annealer
@@ -35,7 +35,7 @@ _NOT_OF_THE_RUN = ("output", "data_root", "cpu", "log_every", "checkpoint_every"
 _OF_MEASURING = ("num_importance_samples", "fisher_samples", "eval_limit")
 # what a run leaves in its folder; config.yaml last, for as long as it is there the rest is known to be a run's
 _FILES = (
-    "checkpoints", "history.json", "tensorboard", "model", "best", "metrics.json", "eval.json", "diverged",
+    "checkpoints", "data.json", "history.json", "tensorboard", "model", "best", "metrics.json", "eval.json", "diverged",
     "samples.png", "samples.npz", "config.yaml",
 )  # fmt: skip
 _LAGGING_DATA = 1000  # whose mutual information says whether the encoder still lags behind
@@ -81,6 +81,7 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     accelerate = require("accelerate", "train")
     require("tensorboard", "train")
     check_fsdp_version()
+    config = config.located()
     folder = config.folder
     if not restart and _is_finished(config, folder):
         return json.loads((folder / "metrics.json").read_text())
@@ -186,14 +187,17 @@ def _train(
     optimizer.param_groups[0]["params"] = list(plain.parameters())
     accelerator.register_for_checkpointing(annealer, position)
 
+    if newest is not None:
+        accelerator.load_state(os.fspath(newest))  # refuses other data, so before anything is written
+        accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if finished.is_file():  # with fewer epochs
+        if finished.is_file():  # with fewer epochs, or data that lay elsewhere
             (folder / "eval.json").unlink(missing_ok=True)
             finished.unlink()
         write_atomically(folder / "config.yaml", config.to_yaml())
+        form = {**dataset.form(), "checksum": position.data}
+        write_atomically(folder / "data.json", json.dumps(form, indent=2) + "\n")
     accelerator.wait_for_everyone()
-    if newest is not None:
-        accelerator.load_state(os.fspath(newest))
     # steps that are done again are not to be shown twice
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": position.step + 1}})
 
@@ -399,12 +403,16 @@ def _is_finished(config: TrainConfig, folder: Path) -> bool:
     path, measured = folder / "config.yaml", (folder / "metrics.json").is_file()
     if not path.is_file():
         return measured
-    old = TrainConfig.from_yaml(path)
+    old = TrainConfig.from_yaml(path).located()
     more = config.epochs > old.epochs
-    ignored = [*_NOT_OF_THE_RUN, *(_OF_MEASURING if more or not measured else ()), *(("epochs",) if more else ())]
-    if changed := differences(old.to_dict(), config.to_dict(), ignored):
+    # the checkpoint knows the data again, wherever they are
+    kinds = [c.data.partition(":")[0] for c in (old, config) if data.is_file(c.data)]
+    moved = old.data != config.data and len(kinds) == 2 and kinds[0] == kinds[1]
+    done = measured and not more and not moved
+    ignored = [*_NOT_OF_THE_RUN, *(() if done else _OF_MEASURING), *(("epochs",) if more else ())]
+    if changed := differences(old.to_dict(), config.to_dict(), [*ignored, *(("data",) if moved else ())]):
         raise ValueError(
             f"output: {folder} holds another run: {'; '.join(changed)}. Choose another folder, or --restart this one: "
             "a run goes on with more epochs, and with no other change"
         )
-    return measured and not more
+    return done

@@ -25,6 +25,11 @@ KEPT = 2  # checkpoints that stay
 _CONTENTS = "contents.json"  # of a checkpoint: size and checksum of each of its other files
 
 
+def checksum(x: Tensor) -> int:
+    """Of data, by which they are known again."""
+    return zlib.crc32(x.contiguous().numpy().data)
+
+
 class Position:
     """Where training stands: finished epochs, steps done in the current one and in all, and what the epochs lost.
 
@@ -35,7 +40,7 @@ class Position:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.data = zlib.crc32(x.contiguous().numpy().data)
+        self.data = checksum(x)
         self.epoch = self.step_in_epoch = self.step = 0
         self.history: list[dict[str, float]] = []
         self.sums: Tensor | None = None  # of loss, reconstruction and KL over the current epoch, float64

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from ilvae_fast import cli
-from ilvae_fast.training import TrainConfig
+from ilvae_fast.data import load
+from ilvae_fast.training import TrainConfig, train
 from ilvae_fast.training.state import latest
 from ilvae_fast.vae import CONFIGURATIONS
-from training_cases import run_command
+from training_cases import interrupt, run_command, small
 
 SMALL = [
     "--data", "toy", "--latent-dim", "2", "--epochs", "1", "--batch-size", "50", "--cpu",
@@ -151,7 +154,7 @@ def test_info_and_bench(capsys):
     [
         (["train", "--model", "il-lidva"], r"error: model: got 'il-lidva'"),
         (["train", "--set", "epoch=1"], "nearest: 'epochs'"),
-        (["train", "--data", "mnist", "--data-root", "nowhere"], "looked in nowhere/mnist"),
+        (["train", "--data", "mnist", "--data-root", "nowhere"], "/nowhere/mnist and "),
         (["eval", "nowhere"], "run: no finished run in 'nowhere'"),
         (["report", "nowhere"], "what: no metrics.json under 'nowhere'"),
         (["report", "toy", "--results", "nowhere"], "results: no runs.csv in nowhere"),
@@ -164,6 +167,96 @@ def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, mess
     assert message in printed
     assert "Traceback" not in printed
     assert not list(tmp_path.rglob("*.json"))
+
+
+OF_A_FILE = [
+    "--model", "vae", "--latent-dim", "1", "--epochs", "1", "--batch-size", "10", "--cpu",
+    "--set", "num_importance_samples=2", "--set", "fisher_samples=2",
+]  # fmt: skip
+FEW = ["--importance-samples", "2", "--fisher-samples", "2"]
+
+
+def test_a_run_works_from_any_folder_and_its_data_may_move(tmp_path, capsys, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    x = np.random.default_rng(0).normal(size=(40, 2, 2)).astype(np.float32)
+    np.savez(first / "x.npz", x_train=x)
+    monkeypatch.chdir(first)
+    run_command(capsys, "train", "--data", "npz:x.npz", *OF_A_FILE)
+    folder = first / "runs" / "npz-x.npz-vae-seed0"
+    config = TrainConfig.from_yaml(folder / "config.yaml")
+    assert (config.data, config.output) == (f"npz:{first / 'x.npz'}", str(folder))
+    measures = (folder / "metrics.json").read_text()
+
+    monkeypatch.chdir(second)
+    run_command(capsys, "eval", "../first/runs/npz-x.npz-vae-seed0", *FEW)
+    again = ["train", "--config", str(folder / "config.yaml")]
+    run_command(capsys, *again)
+    (first / "x.npz").rename(second / "y.npz")
+    run_command(capsys, "sample", str(folder))  # which needs no data
+    assert f"no file '{first / 'x.npz'}'" in run_command(capsys, "eval", str(folder), *FEW, status=2)
+    run_command(capsys, "eval", str(folder), "--data", "npz:y.npz", *FEW)
+    run_command(capsys, *again, "--data", "npz:y.npz")
+    assert TrainConfig.from_yaml(folder / "config.yaml").data == f"npz:{second / 'y.npz'}"
+    assert (folder / "metrics.json").read_text() == measures
+    assert not (folder / "eval.json").exists()  # training is over, but all was checked and measured again
+
+    (tmp_path / "third").mkdir()
+    (second / "y.npz").rename(tmp_path / "third" / "y.npz")
+    run_command(capsys, "eval", str(folder), "--data-root", "../third", *FEW)
+    np.savez(tmp_path / "third" / "y.npz", x_train=x + 1)
+    other = ["--data", "npz:../third/y.npz"]
+    printed = run_command(capsys, "eval", str(folder), *other, *FEW, status=2)
+    assert f"error: data: the training data in npz:{tmp_path / 'third' / 'y.npz'} have the checksum" in printed
+    assert "data: got training data with the checksum" in run_command(capsys, *again, *other, status=2)
+    assert (folder / "metrics.json").read_text() == measures
+
+
+def test_a_text_is_sampled_without_its_file(tmp_path, capsys):
+    (tmp_path / "poem.txt").write_text("abc\ncab\n" * 60)
+    text = ["--data", f"text:{tmp_path / 'poem.txt'}", "--model", "svae", "--set", "data_options.length=4"]
+    run_command(capsys, "train", *OF_A_FILE, *text, "--output", str(tmp_path / "run"), "--set", "eval_limit=9")
+    lines = run_command(capsys, "sample", str(tmp_path / "run"), "--count", "3")
+    (tmp_path / "poem.txt").unlink()
+    assert run_command(capsys, "sample", str(tmp_path / "run"), "--count", "3") == lines
+    (tmp_path / "run" / "data.json").unlink()  # as in a run of an earlier version
+    assert "no file" in run_command(capsys, "sample", str(tmp_path / "run"), status=2)
+
+
+def test_an_interrupted_run_goes_on_with_moved_data(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32))
+    config = small(tmp_path / "run", data=f"npz:{tmp_path / 'x.npz'}", data_options={})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupt)
+    (tmp_path / "x.npz").rename(tmp_path / "z.npz")
+    steps = []
+    train(replace(config, data=f"npz:{tmp_path / 'z.npz'}"), lambda step, *_: steps.append(step))
+    assert steps[0] == 6  # after the checkpoint at the end of the first epoch
+    with pytest.raises(ValueError, match="output: .* holds another run: data was "):
+        train(replace(config, data="digits"))
+
+
+def test_a_data_root_is_for_files_named_by_their_path_too(tmp_path, monkeypatch):
+    for place in ("here", "root"):
+        (tmp_path / place).mkdir()
+        np.savez(tmp_path / place / "both.npz", x_train=np.ones((20, 2), np.float32) * (place == "root"))
+    np.savez(tmp_path / "here" / "here.npz", x_train=np.ones((20, 2), np.float32))
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    assert load("npz:both.npz").train.sum() == 0
+    assert load("npz:both.npz", "../root").train.sum() > 0
+    assert load("npz:here.npz", "../root").train.sum() > 0
+    assert load(f"npz:{tmp_path / 'here' / 'both.npz'}", "../root").train.sum() == 0
+    monkeypatch.setenv("ILVAE_FAST_DATA_ROOT", "~/../root")
+    assert load("npz:both.npz").train.sum() > 0
+    assert load("npz:~/both.npz").train.sum() == 0
+    with pytest.raises(FileNotFoundError, match=rf"no file '{tmp_path / 'root' / 'neither.npz'}'"):
+        load("npz:neither.npz")
+    config = TrainConfig(data="npz:both.npz", output="~/runs/one").located()
+    assert (config.data, config.output) == (f"npz:{tmp_path / 'root' / 'both.npz'}", str(tmp_path / "here/runs/one"))
+    assert TrainConfig(data="mnist").located().data_root == str(tmp_path / "root")
+    assert TrainConfig(data="digits").located().data_root is None
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:
