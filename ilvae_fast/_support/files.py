@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # what file systems answer that have no such thing: some of networks, containers and FUSE
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
@@ -33,6 +35,23 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """
     with _beside(Path(path), bytes(2**14)):
         pass
+
+
+def read_json(path: str | os.PathLike[str], cure: str) -> Any:
+    """The mapping in a JSON file.
+
+    Raises:
+        ValueError: it is empty, cut off or something else; names the file and the ``cure``.
+    """
+    content = Path(path).read_bytes()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        state = "is damaged" if content.strip() else "is empty"
+        raise ValueError(f"{os.fspath(path)}: {state}, no JSON ({error}); {cure}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{os.fspath(path)}: holds {type(found).__name__}, wanted names with values; {cure}")
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -175,19 +176,26 @@ def evaluate(
     fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
     limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="File to write; else RUN/eval.json.")] = None,
 ) -> None:
     """Measure a trained model again, with more samples; writes RUN/eval.json."""
-    from .._support.files import write_atomically
+    from .._support.files import check_writable, write_atomically
     from ..training import evaluate as measure
+    from ..training.loop import Unsaved
 
     config, model = _finished(run)
+    target = output or run / "eval.json"
+    check_writable(target)
     dataset = _data_of(run, config, data, data_root)
     with progress_bar(str(run)) as progress:
         measures = measure(
             model, dataset, num_importance_samples=importance_samples, fisher_samples=fisher_samples,
             limit=limit or None, seed=seed, progress=lambda part: progress(round(100 * part), 100, {}),
         )  # fmt: skip
-    write_atomically(run / "eval.json", json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    try:
+        write_atomically(target, json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise Unsaved(error, {run.name: measures}) from error
     show([(run.name, measures)])
 
 
@@ -241,7 +249,8 @@ def sample(
 def sweep(
     output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
     constants: Annotated[
-        list[str] | None, typer.Option("--L", help="Constants of the grid, or auto; once for each. Else the field L.")
+        list[str] | None,
+        typer.Option("--L", help="Constants of the grid, or auto; once for each. Else the field L, or the model's."),
     ] = None,
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", help="Seeds of the grid; once for each. Else the field seed.")
@@ -256,14 +265,17 @@ def sweep(
     cpu: Cpu = False,
     config: File = None,
     assignments: Set = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the runs of the grid; else they go on.")] = False,
 ) -> None:
     """Train a grid of constants and seeds; what is finished is skipped.
 
-    Writes sweep.csv and sweep.json, in which the rows of earlier sweeps into the same folder stay.
+    Writes sweep.csv and sweep.json, in which the rows of earlier sweeps into the same folder stay. If a run diverges,
+    it is listed, the others are trained, and the exit status is 1.
 
     `ilvae-fast sweep --data digits --model il-lidvae --L 0.5 --L 1 --seed 0 --seed 1 --output runs/sweep`
     """
     from ..training import sweep as run
+    from ..training.sweep import named
 
     for assignment in assignments or ():
         if assignment.partition("=")[0] == "output":
@@ -274,9 +286,11 @@ def sweep(
     )  # fmt: skip
     grid = [_constant(c) for c in constants] if constants else [] if settings.L is None else [settings.L]
     with progress_bar("") as progress:
-        rows = run(settings, grid, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name))
+        rows = run(settings, grid, seeds or [settings.seed], output, lambda c: progress.named(c.folder.name), restart)
     if is_main():
-        show([(f"L={row['L']} seed={row['seed']}", row) for row in rows])
+        show([(named(row), row) for row in rows])
+    if any("diverged" in row for row in rows):
+        sys.exit(1)
 
 
 @app.command()
@@ -423,8 +437,7 @@ def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | 
     if name is None and data_root is not None and is_file(config.data):
         kind, _, path = config.data.partition(":")
         name = f"{kind}:{os.path.basename(path)}"
-    given = {"data": name, "data_root": data_root}
-    config = replace(config, **{field: value for field, value in given.items() if value is not None})
+    config = replace(config, data=name or config.data, data_root=data_root or config.data_root)
     dataset = load_dataset(config)
     if is_file(config.data) and (run / "data.json").is_file():
         wanted, found = json.loads((run / "data.json").read_text())["checksum"], checksum(dataset.train)

@@ -32,8 +32,9 @@ def show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
         if not shown:
             break
     for name, row in rows:
-        for warning in row.get("warnings", ()):
-            out.print(f"{name}: {warning}", markup=False, highlight=False)
+        remarks = [*([f"diverged at {row['diverged']}"] if "diverged" in row else ()), *row.get("warnings", ())]
+        for remark in remarks:
+            out.print(f"{name}: {remark}", markup=False, highlight=False)
 
 
 def _table(cells: Sequence[tuple[str, dict[str, Any]]], shown: Sequence[tuple[str, str]]) -> Any:

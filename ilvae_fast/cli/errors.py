@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._support.extras import require
+from ..training.loop import Unsaved
+from .display import show
 
 if TYPE_CHECKING:
     from typer.core import TyperGroup
@@ -38,6 +40,8 @@ class Group(TyperGroup):
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # click ends quietly, for who read the output has gone
+            if isinstance(error, Unsaved):
+                show(list(error.measured.items()))  # whatever happens, for they may have taken hours
             words = _words(error)
             if words is not None and not os.environ.get("ILVAE_FAST_TRACEBACK"):
                 print(f"error: {words}", file=sys.stderr)

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .. import data, metrics
 from .._support.extras import require
-from .._support.files import locked, write_atomically
+from .._support.files import check_writable, locked, read_json, write_atomically
 from ..annealing import Annealer
 from ..layers.constant import accept_constants
 from ..vae import VAE, VAEConfig, VAEOutput
@@ -43,9 +44,20 @@ _LAGGING_STEPS = 10  # updates of the encoder whose mean loss is compared with t
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_ANEW = "remove it, and the same command measures the model anew"
+
+
 class Diverged(RuntimeError):
     """The loss or a gradient is no number, or the loss above the limit; the message says where, and where the state to
     reproduce it is."""
+
+
+class Unsaved(OSError):
+    """Measures that could not be written: ``measured``, by the name of the run."""
+
+    def __init__(self, error: OSError, measured: Mapping[str, dict[str, Any]]) -> None:
+        super().__init__(error.errno, error.strerror or str(error), error.filename)
+        self.measured = dict(measured)
 
 
 def train(config: TrainConfig, progress: Progress | None = None, restart: bool = False) -> dict[str, Any]:
@@ -74,6 +86,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     Raises:
         Diverged: training went wrong.
         KeyboardInterrupt: says from which step the run will go on.
+        OSError: naming a file that cannot be written, if possible before the model is measured; and :class:`Unsaved`,
+            with the measures, if not.
         ValueError: naming the field; a folder with another run in it, or with this one, sharded otherwise, on other
             data, or damaged; with ``restart`` a folder that holds something, but no run; FSDP1.
         ImportError: accelerate or tensorboard is not installed; says how to install it.
@@ -84,7 +98,7 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
     config = config.located()
     folder = config.folder
     if not restart and _is_finished(config, folder):
-        return json.loads((folder / "metrics.json").read_text())
+        return read_json(folder / "metrics.json", _ANEW)
     shared = require("accelerate.state", "train").AcceleratorState  # one of each process, with one precision
     if shared._shared_state and shared().mixed_precision != config.precision:
         shared._reset_state(reset_partial_state=True)
@@ -115,6 +129,12 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
             "has no checkpoint yet and starts anew" if newest is None else f"goes on from step {int(newest.name[5:])}"
         )
         raise KeyboardInterrupt(f"interrupted: the run in {folder} {start} the next time") from None
+    finally:
+        for tracker in accelerator.trackers:  # not end_training, which would end the process group under the next run
+            try:
+                tracker.finish()
+            except OSError as error:
+                warnings.warn(f"{folder / 'tensorboard'}: its last lines are lost ({error})", stacklevel=2)
 
 
 @contextmanager
@@ -149,7 +169,7 @@ def _train(
     accelerator.wait_for_everyone()
     finished = folder / "metrics.json"
     if _is_finished(config, folder):
-        return json.loads(finished.read_text())
+        return read_json(finished, _ANEW)
     checkpoints = folder / "checkpoints"
     newest = state.latest(checkpoints)
     if newest is not None and state.is_sharded(newest) != (sharding is not None):
@@ -221,7 +241,7 @@ def _train(
                     logged = {f"train/{k}": v for k, v in latest.items()} | {
                         f"schedule/{k}": v for k, v in annealer.values().items()
                     }
-                    accelerator.log(logged, step=position.step)
+                    _log(accelerator, folder, logged, position.step)
                 due = clock.due(position.step_in_epoch == batches.steps)
                 due, interrupted = state.agreed(accelerator, due, interrupts.asked)
                 if due or interrupted or position.step % config.checkpoint_every == 0 or position.step == steps:
@@ -238,6 +258,7 @@ def _train(
     trained = whole(plain, accelerator.device)
     if accelerator.is_main_process:
         trained.save_pretrained(folder / "model")  # first, so that it is there if measuring fails
+        check_writable(finished)
     measured_by = partial(
         evaluate, dataset=dataset, num_importance_samples=config.num_importance_samples,
         fisher_samples=config.fisher_samples, limit=config.eval_limit, seed=config.seed, process=workers[0],
@@ -250,13 +271,22 @@ def _train(
         same = position.best["epoch"] == position.epoch
         measured = measures if same else measured_by(VAE.from_pretrained(folder / "best").to(accelerator.device))
         measures["best"] = {**position.best, **{name: v for name, v in measured.items() if name != "train_loss"}}
-    accelerator.log({f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}, step=position.step)
-    for tracker in accelerator.trackers:
-        tracker.finish()  # not end_training, which would end the process group under the next run of a sweep
-    if accelerator.is_main_process:
-        write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    try:
+        shown = {f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}
+        _log(accelerator, folder, shown, position.step)
+        if accelerator.is_main_process:
+            write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise Unsaved(error, {folder.name: measures}) from error
     accelerator.wait_for_everyone()
     return measures
+
+
+def _log(accelerator: Any, folder: Path, values: dict[str, float], step: int) -> None:
+    try:
+        accelerator.log(values, step=step)
+    except OSError as error:  # tensorboard does not say of which file
+        raise OSError(error.errno, error.strerror, os.fspath(folder / "tensorboard")) from error
 
 
 def _validated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -27,6 +28,12 @@ SMALL = [
     "--set", "data_options.num_train=200", "--set", "data_options.num_test=40", "--set", "num_importance_samples=2",
     "--set", "fisher_samples=2", "--set", "model_options.decoder_hidden=[[4],[5]]",
 ]  # fmt: skip
+
+OF_A_FILE = [
+    "--model", "vae", "--latent-dim", "1", "--epochs", "1", "--batch-size", "10", "--cpu",
+    "--set", "num_importance_samples=2", "--set", "fisher_samples=2",
+]  # fmt: skip
+FEW = ["--importance-samples", "2", "--fisher-samples", "2"]
 
 
 def test_train_eval_sample_report(tmp_path, capsys):
@@ -59,12 +66,69 @@ def test_a_sweep_takes_the_grid_of_its_configuration(tmp_path, capsys):
     run_command(capsys, "sweep", *SMALL, "--set", "L=0.5", "--set", "seed=4", "--output", str(one))
     rows = json.loads((one / "sweep.json").read_text())
     assert [(row["L"], row["seed"]) for row in rows] == [(0.5, 4)]
-    config = str(one / "L0.5-seed4" / "config.yaml")  # its own output is ignored
+    config = str(one / "il-lidvae-L0.5-seed4" / "config.yaml")  # its own output is ignored
     run_command(capsys, "sweep", "--config", config, "--seed", "5", "--output", str(other))
     assert [(row["L"], row["seed"]) for row in json.loads((other / "sweep.json").read_text())] == [(0.5, 5)]
     printed = run_command(capsys, "sweep", *SMALL, "--set", "output=x", "--output", str(tmp_path / "third"), status=2)
     assert "set: got 'output=x', but each run has a folder of its own in --output" in printed
     assert not (tmp_path / "third").exists()
+
+
+def test_a_sweep_lists_a_run_that_diverges_and_ends_with_status_1(tmp_path, capsys):
+    grid = ["--model", "lidvae", "--seed", "0", "--lr", "1e30", "--set", "loss_limit=1e3", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["sweep", *SMALL, *grid])
+    printed = capsys.readouterr()
+    assert caught.value.code == 1
+    assert "seed=0: diverged at step " in printed.out
+    assert "Traceback" not in printed.err
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    run_command(capsys, "train", *SMALL, "--output", str(folder))
+
+    def read_only(path, mode="r", *arguments, **options):
+        if "x" in mode and str(path).startswith(str(folder)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open(path, mode, *arguments, **options)
+
+    monkeypatch.setattr("ilvae_fast._support.files.open", read_only, raising=False)
+    monkeypatch.setattr("ilvae_fast.training.evaluate", lambda *args, **options: pytest.fail("measured"))
+    assert run_command(capsys, "eval", str(folder), *FEW, status=2) == (
+        f"error: {folder / 'eval.json'}: Read-only file system; change its permissions, or name another place\n"
+    )
+    assert "NLL" in run_command(capsys, "train", *SMALL, "--output", str(folder))  # of a finished run
+    monkeypatch.undo()
+    monkeypatch.setattr("ilvae_fast._support.files.open", read_only, raising=False)
+    run_command(capsys, "eval", str(folder), *FEW, "--output", str(tmp_path / "eval.json"))
+    assert json.loads((tmp_path / "eval.json").read_text())["nll"]
+    assert "Read-only file system" in run_command(capsys, "train", *SMALL, "--output", str(folder / "x"), status=2)
+
+
+def test_numbers_are_printed_whatever_happens(tmp_path, capsys, monkeypatch):
+    from ilvae_fast._support import files
+
+    folder, replace_file = tmp_path / "run", os.replace
+
+    def full(old, new):
+        if Path(new).name in ("metrics.json", "eval.json", "sweep.csv"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(old, new)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    for arguments, file in (
+        (["train", *SMALL, "--output", str(folder)], "metrics.json"),
+        (["eval", str(folder), *FEW], "eval.json"),
+        (["sweep", *SMALL, "--model", "lidvae", "--output", str(folder)], "lidvae-seed0/metrics.json"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        printed = capsys.readouterr()
+        assert caught.value.code == 2
+        assert "NLL" in printed.out
+        assert f"error: {folder / file}: No space left on device; free some space there" in printed.err
+        assert not (folder / file).exists()
 
 
 def test_measures_that_are_not_finite_are_shown_as_such(tmp_path, capsys):
@@ -169,13 +233,6 @@ def test_user_errors_are_one_line(capsys, tmp_path, monkeypatch, arguments, mess
     assert not list(tmp_path.rglob("*.json"))
 
 
-OF_A_FILE = [
-    "--model", "vae", "--latent-dim", "1", "--epochs", "1", "--batch-size", "10", "--cpu",
-    "--set", "num_importance_samples=2", "--set", "fisher_samples=2",
-]  # fmt: skip
-FEW = ["--importance-samples", "2", "--fisher-samples", "2"]
-
-
 def test_a_run_works_from_any_folder_and_its_data_may_move(tmp_path, capsys, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
@@ -233,7 +290,7 @@ def test_an_interrupted_run_goes_on_with_moved_data(tmp_path):
     steps = []
     train(replace(config, data=f"npz:{tmp_path / 'z.npz'}"), lambda step, *_: steps.append(step))
     assert steps[0] == 6  # after the checkpoint at the end of the first epoch
-    with pytest.raises(ValueError, match="output: .* holds another run: data was "):
+    with pytest.raises(ValueError, match=r"output: .* holds another run: data was "):
         train(replace(config, data="digits"))
 
 

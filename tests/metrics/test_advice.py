@@ -311,7 +311,9 @@ def test_auto_among_the_constants_of_a_sweep(tmp_path, capsys):
     rows = sweep(small(tmp_path), ["auto", 0.5], [0], tmp_path / "sweep")
     assert [row["L"] for row in rows] == ["auto", 0.5]
     assert rows[0]["certified"] != pytest.approx(0.5)
-    assert {path.name for path in (tmp_path / "sweep").glob("L*")} == {"Lauto-seed0", "L0.5-seed0"}
+    assert {path.name for path in (tmp_path / "sweep").glob("*-seed0")} == {
+        "il-lidvae-Lauto-seed0", "il-lidvae-L0.5-seed0",
+    }  # fmt: skip
     capsys.readouterr()
     sized = ["--data", "toy", "--latent-dim", "2", "--epochs", "1", "--cpu", "--set", "data_options.num_train=200"]
     few = ["--set", "num_importance_samples=2", "--set", "fisher_samples=2", "--set", "eval_limit=20"]

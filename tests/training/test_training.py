@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ilvae_fast import metrics
+from ilvae_fast._support.files import write_atomically
 from ilvae_fast.data import load
 from ilvae_fast.training import Diverged, TrainConfig, build_model, evaluate, reproduce, sweep, train
+from ilvae_fast.training.loop import Unsaved, _step
 from ilvae_fast.training.state import Batches, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian, VAEConfig
 from training_cases import OPTIONS, SMALL, interrupted, small, state_of
@@ -270,17 +275,114 @@ def test_a_sweep_skips_what_is_done(tmp_path, monkeypatch):
     config = small(tmp_path, epochs=1)
     names = []
     rows = sweep(config, [0.5, 2.0], [0, 1], tmp_path / "sweep", lambda c: names.append(c.folder.name))
-    assert names == ["L0.5-seed0", "L0.5-seed1", "L2-seed0", "L2-seed1"]
+    assert names == [f"il-lidvae-{name}" for name in ("L0.5-seed0", "L0.5-seed1", "L2-seed0", "L2-seed1")]
     assert [row["certified"] for row in rows] == pytest.approx([0.5, 0.5, 2.0, 2.0])
     assert len({row["nll"] for row in rows}) == 4
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == rows
     assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 5
     monkeypatch.setattr("ilvae_fast.training.loop.load_dataset", lambda config: pytest.fail("done already"))
     assert sweep(config, [0.5, 2.0], [0, 1], tmp_path / "sweep") == rows
-    with pytest.raises(ValueError, match="L: got none"):
-        sweep(config, [], [0], tmp_path / "other")
-    with pytest.raises(ValueError, match="L: got none"):
-        sweep(replace(config, model="vae", model_options={"decoder": "brenier"}), [], [0], tmp_path / "other")
+
+
+def test_a_sweep_without_constants_takes_that_of_the_run_or_of_the_model(tmp_path):
+    for fields, L, certified in (({}, None, 1.0), ({"model": "lidvae"}, None, 0.0), ({"L": 0.5}, 0.5, 0.5)):
+        (row,) = sweep(small(tmp_path, epochs=1, **fields), [], [0], tmp_path)
+        assert (row["L"], row["certified"]) == (L, pytest.approx(certified))
+    assert {path.name for path in tmp_path.glob("*-seed0")} == {
+        "il-lidvae-seed0", "lidvae-seed0", "il-lidvae-L0.5-seed0",
+    }  # fmt: skip
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 3
+
+
+def diverge_with(seed: int, monkeypatch) -> None:
+    """Let runs with this seed diverge in their second step."""
+
+    def step(accelerator, plain, model, optimizer, x, config, number, *rest):
+        if config.seed == seed and number == 1:
+            raise Diverged("step 1: the loss is nan nats for a datum")
+        return _step(accelerator, plain, model, optimizer, x, config, number, *rest)
+
+    monkeypatch.setattr("ilvae_fast.training.loop._step", step)
+
+
+def test_a_sweep_goes_on_after_a_run_that_diverges(tmp_path, monkeypatch):
+    diverge_with(1, monkeypatch)
+    rows = sweep(small(tmp_path, epochs=1), [0.5], [0, 1, 2], tmp_path)
+    assert ["diverged" in row for row in rows] == [False, True, False]
+    assert rows[1] == {
+        "model": "il-lidvae", "L": 0.5, "seed": 1, "diverged": "step 1: the loss is nan nats for a datum",
+    }  # fmt: skip
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        assert [row["diverged"][:6] for row in csv.DictReader(file)] == ["", "step 1", ""]
+    monkeypatch.undo()
+    again = sweep(small(tmp_path, epochs=1), [0.5], [0, 1, 2], tmp_path)
+    assert (again[0], again[2]) == (rows[0], rows[2])
+    assert json.loads((tmp_path / "sweep.json").read_text()) == again
+    assert again[1]["nll"]
+
+
+def test_a_sweep_can_be_restarted(tmp_path):
+    sweep(small(tmp_path, epochs=1), [0.5], [0], tmp_path)
+    other = small(tmp_path, epochs=1, learning_rate=0.5)
+    with pytest.raises(ValueError, match=r"holds another run: learning_rate was 0\.001, is 0\.5.*--restart"):
+        sweep(other, [0.5], [0], tmp_path)
+    (row,) = sweep(other, [0.5], [0], tmp_path, restart=True)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == [row]
+
+
+@pytest.mark.parametrize("content", ["", '[{"model": "va', "{}3", "[3]", '{"a": 1}'])
+def test_a_damaged_table_of_a_sweep_is_named(tmp_path, content):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'sweep.json'}: is no table of a sweep; remove it"):
+        sweep(small(tmp_path, epochs=1), [0.5], [0], tmp_path)
+
+
+# what cannot be written
+
+
+def full(path: object, *rest: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+
+
+def test_a_full_disk_is_found_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr("ilvae_fast.training.loop.check_writable", full)
+    monkeypatch.setattr("ilvae_fast.training.loop.evaluate", lambda *args, **options: pytest.fail("measured"))
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'metrics.json'}'"):
+        train(small(tmp_path))
+    monkeypatch.undo()
+    assert train(small(tmp_path))
+
+
+def test_measures_that_cannot_be_written_come_with_the_error(tmp_path, monkeypatch):
+    def write(path, content):
+        return full(path) if path.name == "metrics.json" else write_atomically(path, content)
+
+    monkeypatch.setattr("ilvae_fast.training.loop.write_atomically", write)
+    with pytest.raises(Unsaved, match=rf"No space left on device: '{tmp_path / 'run' / 'metrics.json'}'") as caught:
+        train(small(tmp_path / "run", epochs=1))
+    monkeypatch.undo()
+    assert {"run": train(small(tmp_path / "run", epochs=1))} == caught.value.measured
+
+    monkeypatch.setattr(sys.modules["ilvae_fast.training.sweep"], "write_atomically", full)
+    with pytest.raises(Unsaved) as caught:
+        sweep(small(tmp_path, epochs=1), [0.5], [0, 1], tmp_path / "sweep")
+    assert list(caught.value.measured) == ["L=0.5 seed=0"]
+
+
+def test_a_finished_run_needs_no_lock(tmp_path, monkeypatch):
+    config = small(tmp_path, epochs=1)
+    measures = train(config)
+    monkeypatch.setattr("ilvae_fast.training.loop._alone", lambda folder: pytest.fail("writes"))
+    assert train(config) == measures
+
+
+def test_tensorboard_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    def log(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("accelerate.Accelerator.log", log)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'tensorboard'}'"):
+        train(small(tmp_path, log_every=1))
 
 
 def test_a_sweep_keeps_the_rows_of_earlier_ones(tmp_path):
