@@ -9,14 +9,16 @@ TORCH ?= torch>=2.11,<2.15
 PYTEST_OPTIONS ?=
 
 BIN := .venv/bin
-SOURCES := CMakeLists.txt setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
+SOURCES := CMakeLists.txt $(wildcard cmake/*) setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
 
-.PHONY: help demo test lint format build clean
+.PHONY: help demo test lint format build wheel package clean
 help:
 	@echo "make demo    train VAE, LIDVAE and IL-LIDVAE on digits; report in runs/demo/report.html"
 	@echo "make test    all tests"
 	@echo "make lint    format, lint and type checks        make format   apply formats"
 	@echo "make build   environment and extension alone     make clean    remove what was built"
+	@echo "make wheel   a wheel in dist/ for the torch of .venv, which it names and requires"
+	@echo "make package sdist and wheel in dist/, each tried in a clean environment"
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -37,6 +39,16 @@ format: build
 
 build: .venv/.built
 
+# setuptools would pack what an earlier wheel left in build/lib*, files that are gone included
+wheel: build
+	rm -rf build/lib* build/bdist*
+	ILVAE_FAST_PIN_TORCH=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+package: build
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python tests/package.py sdist wheel
+
 .venv/.created:
 	$(PYTHON) -m venv .venv
 	@touch $@
@@ -51,4 +63,4 @@ build: .venv/.built
 	@touch $@
 
 clean:
-	rm -rf build .venv *.egg-info ilvae_fast/_build.json ilvae_fast/*.so
+	rm -rf build dist .venv *.egg-info ilvae_fast/_build.json ilvae_fast/*.so

@@ -141,7 +141,8 @@ def test_ci_runs_the_gate_and_the_ends_of_what_is_supported():
     allowed = re.search(r"^TORCH \?= (.*)$", _text("Makefile"), re.MULTILINE)
     assert allowed
     assert newest == allowed[1]
-    assert f'dependencies = ["{oldest.replace("==", ">=").removesuffix(".*")}", ' in project
+    assert f'"{oldest.replace("==", ">=").removesuffix(".*")}"]' in project  # to build
+    assert f'OLDEST_TORCH = "{oldest.removeprefix("torch==").removesuffix(".*")}"' in _text("setup.py")  # to run
     assert newest.startswith(oldest.replace("==", ">=").removesuffix(".*"))
 
 
