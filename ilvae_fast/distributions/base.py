@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._support.devices import with_float64
+
 
 class Likelihood(nn.Module, ABC):
     """What models and metrics need of a likelihood.
@@ -113,7 +115,7 @@ def marginal_dtype(x: Tensor) -> torch.dtype:
 
 def smoothed_mean(x: Tensor) -> Tensor:
     """Return the mean (D,) in float64 of values in [0, 1], with half an observation of 0 and of 1 besides."""
-    return (checked_rows(x).sum(0, dtype=torch.float64) + 0.5) / (len(x) + 1)
+    return (with_float64(checked_rows(x)).sum(0, dtype=torch.float64) + 0.5) / (len(x) + 1)
 
 
 def bisect(increasing: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._support.devices import with_float64
 from ..operators.softplus import plain_softplus
 from .base import Likelihood, bisect, marginal_dtype, smoothed_mean
 
@@ -32,7 +33,7 @@ class Bernoulli(Likelihood):
         return x - f.sigmoid()
 
     def marginal(self, x: Tensor) -> Tensor:
-        return smoothed_mean(x).logit().to(marginal_dtype(x))
+        return smoothed_mean(x).logit().to(x.device, marginal_dtype(x))
 
     def fisher(self, f: Tensor) -> Tensor:
         return f.sigmoid() * (-f).sigmoid()
@@ -74,18 +75,18 @@ class ContinuousBernoulli(Likelihood):
     def marginal(self, x: Tensor) -> Tensor:
         mean = smoothed_mean(x)
         # the mean of f is less than 1 / |f| away from 0 for f < 0, from 1 for f > 0
-        return bisect(lambda f: self.mean(f) - mean, -1 / mean, 1 / (1 - mean)).to(marginal_dtype(x))
+        return bisect(lambda f: self.mean(f) - mean, -1 / mean, 1 / (1 - mean)).to(x.device, marginal_dtype(x))
 
     def fisher(self, f: Tensor) -> Tensor:
         """``Lambda''(f) = 1 / f^2 - 1 / (2 sinh(f / 2))^2``, the variance of x; in float64 inside, as the two terms
         cancel."""
-        size = f.double().abs()
+        size = with_float64(f).double().abs()
         small = size < self._SMALL
         safe = torch.where(small, 1.0, size)
         square = torch.where(small, size, 0.0).square()
         series = 1 / 12 - square * (1 / 240 - square * (1 / 6048 - square * (1 / 172800 - square / 5322240)))
         exact = safe.square().reciprocal() - (-safe).exp() / torch.expm1(-safe).square()
-        return torch.where(small, series, exact).to(f.dtype)
+        return torch.where(small, series, exact).to(f)
 
     def _log_partition(self, f: Tensor) -> Tensor:
         # f/2 + log(sinh(f/2) / (f/2)); the second term is even and, for large |f|, |f|/2 - log|f|

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._support.checks import check_positive
+from .._support.devices import with_float64
 from .base import Likelihood, checked_rows, marginal_dtype
 
 
@@ -53,9 +54,9 @@ class Categorical(Likelihood):
         """Log frequencies at each position; absent tokens are not counted."""
         positions, categories = checked_rows(x).shape[-1], self.parameters_per_value
         index = x.long() + categories * torch.arange(positions, device=x.device)
-        counts = index[x >= 0].bincount(minlength=positions * categories).double()
+        counts = with_float64(index[x >= 0].bincount(minlength=positions * categories)).double()
         smoothed = counts.unflatten(0, (positions, categories)) + 1 / categories
-        return (smoothed / smoothed.sum(-1, keepdim=True)).log().flatten().to(marginal_dtype(x))
+        return (smoothed / smoothed.sum(-1, keepdim=True)).log().flatten().to(x.device, marginal_dtype(x))
 
     def fisher(self, f: Tensor) -> Tensor:
         probabilities = self._logits(f).softmax(-1)

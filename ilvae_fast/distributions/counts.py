@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._support.checks import check_number, check_positive
+from .._support.devices import with_float64
 from ..operators.softplus import plain_softplus
 from .base import Likelihood, bisect, checked_rows, marginal_dtype
 
@@ -23,7 +24,8 @@ class _Counts(Likelihood):
         return f.exp()
 
     def marginal(self, x: Tensor) -> Tensor:
-        return ((checked_rows(x).sum(0, dtype=torch.float64) + 0.5) / len(x)).log().to(marginal_dtype(x))
+        total = with_float64(checked_rows(x)).sum(0, dtype=torch.float64)
+        return ((total + 0.5) / len(x)).log().to(x.device, marginal_dtype(x))
 
     def check(self, x: Tensor) -> None:
         super().check(x)
@@ -88,10 +90,11 @@ class NegativeBinomial(_Counts):
 
     def log_prob(self, x: Tensor, f: Tensor) -> Tensor:
         # r log(r / (mu + r)) + x log(mu / (mu + r)) + log of the binomial coefficient, whose terms cancel for large r
-        logit, r = f - self.log_dispersion, self.dispersion.double()
-        coefficient = (x + r).lgamma() - r.lgamma() - (x + 1).double().lgamma()
+        logit, exact = f - self.log_dispersion, with_float64(x)
+        r = self.dispersion.to(exact.device, torch.float64)
+        coefficient = (exact + r).lgamma() - r.lgamma() - (exact + 1).double().lgamma()
         each = self.dispersion * plain_softplus(logit) + x * plain_softplus(-logit)
-        return (coefficient.to(f.dtype) - each).sum(-1)
+        return (coefficient.to(f) - each).sum(-1)
 
     def sample(self, f: Tensor, generator: torch.Generator | None = None) -> Tensor:
         shape = self.dispersion.to(f.dtype).expand_as(f).contiguous()
@@ -116,7 +119,7 @@ class NegativeBinomial(_Counts):
         if not self.trained:
             return self, f
         fitted = copy.deepcopy(self)
-        fitted.log_dispersion.copy_(self._best(x.double(), f.double()))
+        fitted.log_dispersion.copy_(self._best(with_float64(x).double(), with_float64(f).double()))
         return fitted, f
 
     def _best(self, x: Tensor, f: Tensor) -> Tensor:

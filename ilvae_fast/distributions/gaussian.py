@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .._support.checks import check_number
+from .._support.devices import with_float64
 from .._support.errors import unknown_name
 from .base import Likelihood, checked_rows, marginal_dtype
 
@@ -91,7 +92,7 @@ class Gaussian(Likelihood):
         return (x - f) / self.scale**2
 
     def marginal(self, x: Tensor) -> Tensor:
-        return checked_rows(x).mean(0, dtype=torch.float64).to(marginal_dtype(x))
+        return with_float64(checked_rows(x)).mean(0, dtype=torch.float64).to(x.device, marginal_dtype(x))
 
     def fisher(self, f: Tensor) -> Tensor:
         return torch.ones_like(f) / self.scale**2
@@ -102,7 +103,7 @@ class Gaussian(Likelihood):
         if self.variance == "fixed":
             return self, f
         fitted = copy.deepcopy(self)
-        mean_square = (x - f).square().mean(dtype=torch.float64)
+        mean_square = with_float64(x - f).square().mean(dtype=torch.float64)
         fitted.log_scale.fill_(max(0.5 * mean_square.log().item(), math.log(self._LEAST * self._fixed)))
         return fitted, f
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._support.checks import check_positive, check_sizes
+from .._support.devices import with_float64
 from .._support.errors import unknown_name
 from ..distributions import Likelihood
 from ..operators.plan import Plan
@@ -294,9 +295,11 @@ class BrenierDecoder(nn.Module):
     @torch.no_grad()
     def inverse_lipschitz_bound(self) -> Tensor:
         """Return ``L1 sigma_min(B) L2``, a 0-d float64 tensor, of the L and B that are applied."""
-        bound = _whole(self.latent_map.inverse_lipschitz).double() * _whole(self.data_map.inverse_lipschitz).double()
+        maps = self.latent_map, self.data_map
+        first, last = (with_float64(_whole(m.inverse_lipschitz)).double() for m in maps)
+        bound = first * last
         if self.raw_embedding is not None:
-            bound = bound * torch.linalg.svdvals(_whole(self.embedding_matrix()).double()).min()
+            bound = bound * torch.linalg.svdvals(with_float64(_whole(self.embedding_matrix())).double()).min()
         return bound.squeeze(0)
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._support.devices import with_float64
 from ..operators import dispatch, plain
 from ..operators.activations import EncodedActivations
 from ..operators.operands import Operands, check_finite
@@ -45,10 +46,10 @@ def inverse(operands: Operands, initial: Tensor | None = None, tolerance: float 
     if initial is not None:
         check_like("initial", initial, "y", y)
         check_finite("initial", initial)
-        initial = initial.detach().double()
-    with torch.autocast(y.device.type, enabled=False):
+        initial = with_float64(initial.detach()).double()
+    with torch.autocast(with_float64(y).device.type, enabled=False):
         x = _Inverse.apply(operands.activations, tolerance, initial, *(_exact(t) for t in _tensors(operands)))
-    return x.to(y.dtype, copy=True)  # the backward pass keeps x as it is now, and the caller may change the result
+    return x.to(y, copy=True)  # the backward pass keeps x as it is now, and the caller may change the result
 
 
 def check_smooth(activations: EncodedActivations) -> None:
@@ -137,4 +138,4 @@ def _operands(
 
 
 def _exact(t: Tensor) -> Tensor:
-    return t.to(torch.float64, copy=True)  # the backward pass wants it as it is now
+    return with_float64(t).to(torch.float64, copy=True)  # the backward pass wants it as it is now

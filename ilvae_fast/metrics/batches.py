@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._support.checks import check_positive
+from .._support.devices import with_float64
 
 Data: TypeAlias = "Tensor | Iterable[Tensor | Sequence[Tensor]]"
 Reduce: TypeAlias = "Callable[[Tensor], Tensor] | None"
@@ -34,7 +35,7 @@ def batches(data: Data, batch_size: int) -> Iterator[Tensor]:
 
 def ratio(total: Tensor, count: int, reduce: Reduce) -> Tensor:
     """Return ``total / count`` on the CPU, both summed over processes."""
-    sums = torch.cat([total.double().cpu().reshape(-1), torch.tensor([count], dtype=torch.float64)])
+    sums = torch.cat([total.cpu().double().reshape(-1), torch.tensor([count], dtype=torch.float64)])
     sums = sums if reduce is None else reduce(sums).cpu()
     return (sums[:-1] / sums[-1]).reshape(total.shape)
 
@@ -43,6 +44,6 @@ def mean(values: Callable[[Tensor], Tensor], data: Data, batch_size: int, reduce
     """Return the mean over the data of ``values(x)`` (n, ...), in float64 on the CPU."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for x in batches(data, batch_size):
-        total = total + values(x).double().sum(0).cpu()
+        total = total + with_float64(values(x)).double().sum(0).cpu()
         count += len(x)
     return ratio(total, count, reduce)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._support.checks import check_positive
+from .._support.devices import with_float64
 from .batches import Data, Reduce, batches, mean, ratio
 
 _PAIRS = 2**22  # densities of a sample under a posterior that are held at a time
@@ -51,9 +52,9 @@ class EpsilonCollapse(NamedTuple):
 
 def kl_terms(prior: Any, posterior: Any) -> Tensor:
     """The KL term of each datum: (n, m + 1) float64, of the coordinates and of the assignment."""
-    parts = prior.kl(posterior).double()
+    parts = with_float64(prior.kl(posterior)).double()
     assignment = prior.assignment_kl(posterior) if hasattr(prior, "assignment_kl") else None
-    rest = parts.new_zeros(len(parts)) if assignment is None else assignment.double()
+    rest = parts.new_zeros(len(parts)) if assignment is None else assignment.to(parts)
     return torch.cat([parts, rest.unsqueeze(-1)], -1)
 
 
@@ -114,7 +115,7 @@ def _covariance_of_means(model: Any, data: Data, batch_size: int, reduce: Reduce
     count, mean, square = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x in batches(data, batch_size):
         # batches are merged as by Chan, Golub & LeVeque (1983), without cancellation
-        latent = model.inference(x).mean.double().cpu()
+        latent = model.inference(x).mean.cpu().double()
         n, here = len(latent), latent.mean(0)
         within, between = latent - here, here - mean
         square = square + within.T @ within + between.outer(between) * (count * n / (count + n))
@@ -148,7 +149,7 @@ def epsilon_collapse(
 
     def values(x: Tensor) -> Tensor:
         posterior = model.inference(x)
-        return model.prior.kl(posterior).double().cpu().unsqueeze(1) < bounds
+        return model.prior.kl(posterior).cpu().double().unsqueeze(1) < bounds
 
     probability = mean(values, data, batch_size, reduce)
     collapsed = (probability >= 1 - delta).double().mean(-1)
@@ -186,10 +187,10 @@ def mutual_information(
     for _ in range(num_samples):
         z = posterior.sample(generator=generator)
         # at z as it was rounded, as the aggregate is, of which it then is a term: their ratio is at most N
-        total += posterior.log_prob(z).double().sum().item()
+        total += with_float64(posterior.log_prob(z)).double().sum().item()
         for part in z.split(max(1, _PAIRS // (count * densities))):
             aggregate = posterior.log_prob(part.unsqueeze(1)).logsumexp(1) - math.log(count)
-            total -= aggregate.double().sum().item()
+            total -= with_float64(aggregate).double().sum().item()
     return total / (count * num_samples)
 
 

@@ -134,6 +134,6 @@ def _elbo(model: Any, x: Tensor, num_samples: int, generator: torch.Generator | 
     total = -kl_terms(model.prior, posterior).sum(-1)
     for _ in range(num_samples):
         z, weights = posterior.sample_components(generator)
-        log_prob = model.likelihood.log_prob(x.flatten(1), model.generative(z, x)).double()
-        total = total + (log_prob if weights is None else (weights * log_prob).sum(0)) / num_samples
+        log_prob = model.likelihood.log_prob(x.flatten(1), model.generative(z, x)).to(total)
+        total = total + (log_prob if weights is None else (weights.to(total) * log_prob).sum(0)) / num_samples
     return total

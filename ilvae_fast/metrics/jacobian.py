@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._support.checks import check_positive
+from .._support.devices import with_float64
 from .batches import Data, Reduce, batches, ratio
 
 
@@ -75,7 +76,7 @@ def relative_fisher(
         gradient = (jacobian.mT @ score).square().sum((-2, -1))
         residual = (torch.linalg.qr(jacobian).Q.mT @ score).square().sum((-2, -1))
         sums = [(weights * gradient).sum(0), (weights * residual).sum(0), 1 / weights.square().sum(0)]
-        total = total + torch.stack(sums).double().sum(-1).cpu()
+        total = total + with_float64(torch.stack(sums)).double().sum(-1).cpu()
         constant = certified_constant(decoder)
         count += len(x)
     divergence, projected, effective = ratio(total, count, reduce).tolist()

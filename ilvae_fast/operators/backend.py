@@ -19,6 +19,7 @@ def _from_environment() -> str:
 
 
 _current = _from_environment()
+absent: str | None = None  # why there are no compiled operators, on the reference backend (extension.py)
 
 
 def current_backend() -> str:
@@ -35,10 +36,13 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: the name is unknown.
+        ImportError: the compiled operators are asked for, and there are none.
     """
     global _current
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
+    if name == "native" and absent is not None:
+        raise ImportError(absent)
     previous, _current = _current, name
     try:
         yield

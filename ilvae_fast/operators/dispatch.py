@@ -1,28 +1,50 @@
 """The ways in: prepared operands go to the compiled operators, to their rules, or to plain autograd.
 
 The compiled operators take every call but two kinds. Under a transformation of ``torch.func`` or an open dual level the
-call goes through ``rules.py``, and under ``use_backend("reference")`` through ``plain.py``.
+call goes through ``rules.py``, and under ``use_backend("reference")``, or on a device that they do not know, through
+``plain.py``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import backend, log, native, plain, rules
+from .extension import DEVICES, without_operators
 from .operands import Operands
 from .plain import Static
 from .rules import flags
 from .transforms import transforms_active
+
+_warned: set[str] = set()  # kinds of devices
+
+
+def _by_plain_autograd(x: Tensor) -> bool:
+    """Whether the reference backend is in force, or x lies on a device without compiled operators, of which we warn."""
+    if backend._current == "reference":
+        return True
+    if x.is_cpu or (kind := x.device.type) in DEVICES:
+        return False
+    if not is_compiling() and kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(
+            f"x: got a tensor on {x.device}, and {without_operators(kind)}. Maps go by plain autograd there, which is "
+            'right, and slower; ilvae_fast.use_backend("reference") chooses that without this warning',
+            stacklevel=4,
+        )
+    return True
 
 
 @log.watched
 def potential_and_map(operands: Operands, want_potential: bool, want_map: bool) -> tuple[Tensor, Tensor]:
     """Return potential (...) and map (..., d); what is not wanted is empty."""
     function: Callable[..., Any]
-    if backend._current == "reference":
+    if _by_plain_autograd(operands.x):
         function = plain.potential_and_map
     elif transforms_active():
         function = rules.potential_and_map
@@ -40,7 +62,7 @@ def training_terms(
 ) -> list[Tensor | None]:
     """Return the gradients in tensor order; bit i of ``wanted`` asks for gradient i, and the others are None."""
     function: Callable[..., Any]
-    if backend._current == "reference":
+    if _by_plain_autograd(operands.x):
         function = plain.training_terms
     elif transforms_active():
         function = rules.training_terms
@@ -56,7 +78,7 @@ def training_terms(
 def map_jvp(operands: Operands, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """Return the map (..., d) and its derivative along ``tangent``."""
     function: Callable[..., Any]
-    if backend._current == "reference":
+    if _by_plain_autograd(operands.x):
         function = plain.map_jvp
     elif transforms_active():
         function = rules.map_jvp

@@ -3,6 +3,9 @@
 A build puts the extension beside the Python sources, with ``_build.json``, the record of that build. Python started in
 a clone prefers the clone's sources to an installed package, and the clone may have no extension. It then borrows that
 of the installed package, provided that both have the same C++ sources and version.
+
+The reference backend needs no extension. Where ``ILVAE_FAST_BACKEND=reference`` asks for it, whatever stands in the way
+of the extension is kept, as the error of those who ask for the compiled operators all the same.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._version import __version__
+from . import backend
 from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -91,6 +96,38 @@ def load(extension: Path) -> Any:
     return module
 
 
+class Absent:
+    """Stands for the extension where there is none: its functions raise the error that says why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def absent(*_: Any) -> Any:
+            raise ImportError(self.reason)
+
+        return absent
+
+
+def warn_of_cpu_only(extension: Path) -> None:
+    """Repeat, where there is a GPU, why a build for a torch with CUDA has no kernels for it. pip did not show that."""
+    reason = _record(extension.parent).get("without_cuda")
+    if reason and torch.cuda.device_count():
+        warnings.warn(
+            f"ilvae_fast was built for the CPU alone, so that maps go by plain autograd on this GPU: {reason}. "
+            f"{cure(extension.parent)}, with ILVAE_FAST_CUDA=on in the environment, which shows what is missing, or "
+            "with ILVAE_FAST_CUDA=off, which keeps it so without this warning",
+            stacklevel=2,
+        )
+
+
+def without_operators(kind: str) -> str | None:
+    """Return why calls on this kind of device go by plain autograd; None where there are compiled operators."""
+    if kind in DEVICES:
+        return None
+    return f"{'this build of ' if kind == 'cuda' else ''}ilvae_fast has no kernels for {kind} devices"
+
+
 def cure(package: Path) -> str:
     """Return the sentence that says how to build the extension for ``package``."""
     root = package.parent
@@ -126,13 +163,31 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``; ``torch`` and ``python`` of the build; ``compiler``; ``cpu``, the instruction set in use;
     ``cuda``, the toolkit version, or None where the extension was built for the CPU alone; ``cuda_architectures``.
+    Without an extension, ``extension`` says why, and the rest is None.
     """
+    if backend.absent is not None:
+        keys = ("torch", "python", "compiler", "cpu", "cuda", "cuda_architectures")
+        return {"version": __version__, **dict.fromkeys(keys), "extension": f"none: {backend.absent}"}
     return {"version": __version__, **_C.build_info()}
 
 
+def _load() -> Any:
+    try:
+        path = locate(_PACKAGE, sys.path)
+        check_torch(path)
+        module = load(path)
+    except ImportError as error:
+        if backend.current_backend() != "reference":
+            error.msg += ". Without it everything runs by plain autograd, slower: ILVAE_FAST_BACKEND=reference"
+            raise
+        backend.absent = str(error)
+        return Absent(backend.absent)
+    warn_of_cpu_only(path)
+    return module
+
+
 if not TYPE_CHECKING:
-    _C = sys.modules.get(_NAME)
-    if _C is None:  # loading twice would register the operators twice
-        _path = locate(_PACKAGE, sys.path)
-        check_torch(_path)
-        _C = load(_path)
+    _C = sys.modules.get(_NAME) or _load()  # loading twice would register the operators twice
+
+# The kinds of devices with compiled operators; on "meta" they compute shapes.
+DEVICES = frozenset(["cpu", "meta", *(["cuda"] if build_info()["cuda"] else [])])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import backend
 from .extension import _C
 
 Shape = Sequence[int]
@@ -49,6 +50,7 @@ def _register(operator: Any, count: Callable[..., int]) -> None:
         return count(_of_map(x, skip_weight, weights, embedding), *own, **named)
 
 
-_register(torch.ops.ilvae_fast.potential_and_map, _potential_and_map)
-_register(torch.ops.ilvae_fast.training_terms, _training_terms)
-_register(torch.ops.ilvae_fast.map_jvp, _map_jvp)
+if backend.absent is None:
+    _register(torch.ops.ilvae_fast.potential_and_map, _potential_and_map)
+    _register(torch.ops.ilvae_fast.training_terms, _training_terms)
+    _register(torch.ops.ilvae_fast.map_jvp, _map_jvp)

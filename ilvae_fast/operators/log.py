@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._support.errors import unknown_name
 from . import backend
+from .extension import without_operators
 from .operands import Operands, result_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,7 +83,8 @@ def plain(function: str, x: Tensor) -> None:
     if not ENABLED or torch.compiler.is_compiling():
         return
     asked = backend.current_backend() == "reference"
-    why = "the reference backend is in force" if asked else "no compiled rule for this derivative or transformation"
+    why = "the reference backend is in force" if asked else without_operators(x.device.type)
+    why = why or "no compiled rule for this derivative or transformation"
     key = (function, x.shape, x.dtype, x.device, why)
     if key not in _seen:
         _seen.add(key)

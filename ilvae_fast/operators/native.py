@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
-from . import closed_form
+from . import backend, closed_form
 from . import flops as flops
 from .activations import decode
 from .extension import _C
@@ -25,8 +25,10 @@ def _operator(name: str) -> Callable[..., Any]:
     function enters the same dispatcher without that. Compiled regions and ``__torch_function__`` know operators by
     ``torch.ops`` alone.
     """
-    operator = getattr(torch.ops.ilvae_fast, name).default
     direct = getattr(_C, name)
+    if backend.absent is not None:
+        return direct  # which says so
+    operator = getattr(torch.ops.ilvae_fast, name).default
 
     def call(*arguments: Any) -> Any:
         weights = arguments[3]

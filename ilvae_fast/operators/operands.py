@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import backend
 from .activations import Activation, EncodedActivations, encode
+from .extension import without_operators
 from .plan import ROUTES, Plan, plan, route_code
 
 MAX_LAYERS = 55  # hidden ones: operators name wanted gradients by the bits of an integer (csrc/problem.h)
@@ -42,7 +43,8 @@ class Operands(NamedTuple):
     def plan(self) -> Plan:
         """Say what this very call does: :func:`ilvae_fast.plan` of its shapes, dtypes, device and autograd state.
 
-        On the reference backend the route is ``"reference"``; costs remain those of the compiled operators.
+        On the reference backend, and on devices without compiled operators, the route is ``"reference"``; costs remain
+        those of the compiled operators.
         """
         m, d, dense = self.x.shape[-1], self.skip_weight.shape[-1], self.embedding is not None
         p = plan(
@@ -59,6 +61,8 @@ class Operands(NamedTuple):
         )
         if backend.current_backend() == "reference":
             return replace(p, route="reference", reason="use_backend or ILVAE_FAST_BACKEND asks for it")
+        if (reason := without_operators(self.x.device.type)) is not None:
+            return replace(p, route="reference", reason=reason)
         return p
 
 

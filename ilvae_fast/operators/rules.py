@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import native, plain
+from . import backend, native, plain
 from .activations import decode
 from .operands import Operands
 from .plain import Static
@@ -331,5 +331,6 @@ def _or_empty(gradients: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
     return [x.new_empty(0) if g is None else g for g in gradients]
 
 
-_library.impl("training_terms_backward", _training_terms_backward, "CompositeImplicitAutograd")
-_library.impl("map_jvp_backward", _map_jvp_backward, "CompositeImplicitAutograd")
+if backend.absent is None:
+    _library.impl("training_terms_backward", _training_terms_backward, "CompositeImplicitAutograd")
+    _library.impl("map_jvp_backward", _map_jvp_backward, "CompositeImplicitAutograd")

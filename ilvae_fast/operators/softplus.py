@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-from . import native
+from . import backend, native
 from .transforms import transforms_active
 
 
@@ -27,7 +27,7 @@ def plain_softplus(raw: Tensor) -> Tensor:
 def softplus(raws: Sequence[Tensor]) -> list[Tensor]:
     """Return softplus of several tensors, by one operator where all are plain tensors of the CPU."""
     watched = is_compiling() or transforms_active() or has_torch_function(tuple(raws))
-    if raws and not watched and all(_is_plain(raw) for raw in raws):
+    if raws and not watched and backend.absent is None and all(_is_plain(raw) for raw in raws):
         return native.softplus(raws)
     return [plain_softplus(raw) for raw in raws]
 

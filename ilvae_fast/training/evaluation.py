@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from .._support.devices import has_float64
 from ..data import Dataset
 from ..metrics.batches import Reduce
 from ..vae import VAE, GaussianMixturePosterior
@@ -98,6 +99,9 @@ def evaluate(
     rest = metrics.kl_divergence(model, informed).total - information
     clusters = _clusters(model, x) if model.config.prior == "gaussian_mixture" else None
 
+    if not has_float64(device):
+        model, x, fewer = model.cpu(), x.cpu(), [batch.cpu() for batch in fewer]
+        generator, common = (torch.Generator().manual_seed(s) for s in (seed + process, seed))
     model = model.double()
     x, *fewer = (t.double() if t.is_floating_point() else t for t in (x, *fewer))
     fisher = metrics.relative_fisher(model, watch(fewer), fisher_samples, generator=generator, reduce=reduce)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._support.devices import has_float64
 from .._support.files import sync
 from ..data.dataset import drawn
 
@@ -50,7 +51,7 @@ class Position:
 
     def add(self, values: Tensor) -> None:
         """Count a step with these means over its batch."""
-        values = values.detach().double()
+        values = values.detach().to(torch.float64 if has_float64(values.device) else torch.float32)
         self.sums = values if self.sums is None else self.sums.to(values.device) + values
         self.step_in_epoch += 1
         self.step += 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ilvae_fast._C as extension
-from ilvae_fast.operators.extension import check_torch, cure, locate
+from ilvae_fast.operators.extension import check_torch, cure, locate, warn_of_cpu_only
 from ilvae_fast.operators.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +144,87 @@ def test_python_in_a_clone_with_other_sources_says_so(clone):
         assert f"pip install --no-build-isolation --no-deps --force-reinstall {clone}" in result.stderr
         assert "circular import" not in result.stderr
         assert "During handling" not in result.stderr
+
+
+# without an extension
+
+
+TRIAL = """
+import torch, ilvae_fast as il
+
+print(il.build_info()["extension"])
+layer = il.BrenierMap(3, (8, 8), inverse_lipschitz=0.5)
+x = torch.randn(5, 3, requires_grad=True)
+phi, t = layer.potential_and_map(x)
+t.square().sum().backward()
+torch.func.vmap(torch.func.jacrev(layer))(x)
+torch.testing.assert_close(layer.inverse(t.detach()), x, rtol=1e-3, atol=1e-3)
+decoder = il.BrenierDecoder(latent_dim=2, data_dim=5, inverse_lipschitz=0.7)
+decoder.initialize(torch.rand(20, 5), likelihood="gaussian")
+print(decoder(torch.randn(4, 2)).shape, il.advise(torch.randn(50, 5), latent_dim=2, likelihood="gaussian").L)
+for native in (lambda: il.use_backend("native").__enter__(), lambda: layer.plan(x)):
+    try:
+        native()
+    except ImportError as error:
+        print("ImportError", error)
+"""
+
+
+@pytest.fixture
+def bare(clone):
+    """The clone, with no installed copy to borrow an extension from."""
+    shutil.rmtree(clone.parent / "site" / "ilvae_fast")
+    return clone
+
+
+def test_the_reference_backend_needs_no_extension(bare, monkeypatch):
+    """That is what is left where nothing can be compiled, as on Windows."""
+    monkeypatch.setenv("ILVAE_FAST_BACKEND", "reference")
+    result = _python(bare, "-c", TRIAL)
+    assert result.returncode == 0, result.stderr
+    state, shape, *errors = result.stdout.splitlines()
+    assert state.startswith("none: ilvae_fast has no compiled extension in ")
+    assert shape.startswith("torch.Size([4, 5])")
+    assert len(errors) == 2
+    for error in errors:
+        assert error.startswith("ImportError ilvae_fast has no compiled extension in ")
+        assert "pip install --no-build-isolation" in error
+    result = _python(bare, "-m", "ilvae_fast", "info")
+    assert result.returncode == 0, result.stderr
+    assert "none: ilvae_fast has no compiled extension" in result.stdout
+
+
+def test_the_reference_backend_runs_beside_an_extension_of_another_torch(clone, monkeypatch):
+    monkeypatch.setenv("ILVAE_FAST_BACKEND", "reference")
+    (clone.parent / "site" / "ilvae_fast" / "_build.json").write_text(
+        json.dumps({"torch": "1.9.0", "sources": fingerprint(clone)})
+    )
+    result = _python(clone, "-c", TRIAL)
+    assert result.returncode == 0, result.stderr
+    assert "was built for torch 1.9.0" in result.stdout
+
+
+def test_without_an_extension_the_import_names_both_ways_out(bare):
+    result = _python(bare, "-c", "import ilvae_fast")
+    assert result.returncode != 0
+    assert "ilvae_fast has no compiled extension in " in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+    assert "ILVAE_FAST_BACKEND=reference" in result.stderr
+
+
+# a build without CUDA kernels for a torch with CUDA
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_where_a_gpu_is_the_import_says_why_its_kernels_were_not_built(tmp_path, monkeypatch, recwarn, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    warn_of_cpu_only(_installed(tmp_path / "asked", torch="2.13.0", without_cuda=""))
+    assert not recwarn
+    warn_of_cpu_only(_installed(tmp_path / "unasked", torch="2.13.0", without_cuda="no nvcc was found"))
+    assert len(recwarn) == gpus
+    if gpus:
+        message = str(recwarn[0].message)
+        assert "was built for the CPU alone" in message
+        assert "no nvcc was found" in message
+        assert "pip install --no-build-isolation" in message
+        assert "ILVAE_FAST_CUDA=off" in message
