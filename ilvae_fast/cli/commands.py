@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from .._support.extras import require
+from .._support.files import read_json
 from ..data import DATASETS, Dataset, is_file
 from ..training import TrainConfig
 from ..vae import CONFIGURATIONS
-from .display import console, is_main, progress_bar, show
+from .display import COLUMNS, console, is_main, progress_bar, show
 from .errors import Group
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ def _field(name: str, help: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help, show_default=False if default is None else str(default))
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("got '', wanted a path")
+    return Path(os.path.expanduser(text))
+
+
+def _path_option(*flags: str, **settings: Any) -> Any:
+    return typer.Option(*flags, parser=_path, metavar="PATH", **settings)
+
+
 Data = Annotated[str | None, _field("data", f"{', '.join(DATASETS)}.", "--data")]
 DataRoot = Annotated[
     str | None, _field("data_root", "Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
@@ -71,12 +82,13 @@ BatchSize = Annotated[int | None, _field("batch_size", "Data in a step, of each 
 Rate = Annotated[float | None, _field("learning_rate", "Of Adam.", "--learning-rate", "--lr")]
 Seed = Annotated[int | None, _field("seed", "Of weights, batches and noise.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
-File = Annotated[Path | None, typer.Option("--config", help="YAML file of fields, such as another run's config.yaml.")]
+File = Annotated[Path | None, _path_option("--config", help="YAML file of fields, such as another run's config.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field (see below), a dot for "
     "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
     "end: 1, steps: 500}'.")]  # fmt: skip
 Restart = Annotated[bool, typer.Option("--restart", help="Forget the run in the folder; else it goes on.")]
-Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.", parser=_path, metavar="RUN")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def _config(file: Path | None, assignments: Sequence[str] | None, cpu: bool = False, **fields: Any) -> TrainConfig:
@@ -137,7 +149,7 @@ def train(
         measures = run(settings, progress, restart)
     if is_main():
         show([(settings.folder.name, measures)])
-        console().print(f"in {settings.folder}", highlight=False)
+        print(f"in {settings.folder}")
 
 
 @app.command(epilog=_FIELDS)
@@ -146,7 +158,7 @@ def advise(
     data_root: DataRoot = None,
     model: Model = None,
     latent_dim: LatentDim = None,
-    picture: Annotated[Path | None, typer.Option(help="Image file to draw it in.")] = None,
+    picture: Annotated[Path | None, _path_option(help="Image file to draw it in.")] = None,
     config: File = None,
     assignments: Set = None,
 ) -> None:
@@ -176,7 +188,8 @@ def evaluate(
     fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
     limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="File to write; else RUN/eval.json.")] = None,
+    output: Annotated[Path | None, _path_option(help="File to write; else RUN/eval.json.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a trained model again, with more samples; writes RUN/eval.json."""
     from .._support.files import check_writable, write_atomically
@@ -196,7 +209,10 @@ def evaluate(
         write_atomically(target, json.dumps(measures, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise Unsaved(error, {run.name: measures}) from error
-    show([(run.name, measures)])
+    if as_json:
+        print(json.dumps(measures, indent=2, allow_nan=False))
+    else:
+        show([(run.name, measures)])
 
 
 @app.command()
@@ -205,49 +221,71 @@ def sample(
     count: Annotated[int, typer.Option(help="How many.", min=1)] = 16,
     noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    output: Annotated[Path | None, _path_option(help="File to write: .png, .npz or .txt.")] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Draw data from a trained model: text is printed, images and numbers go to RUN/samples.png or .npz."""
+    """Draw data from a trained model: text is printed, images and numbers go to RUN/samples.png or .npz.
+
+    `ilvae-fast sample RUN --output samples.npz` writes images as an array, `samples`, in the shape of the data.
+    """
     import numpy as np
     import torch
 
     from .._support.files import write_atomically
 
     config, model = _finished(run)
-    form = run / "data.json"
-    if form.is_file():
-        dataset = Dataset.of_form(json.loads(form.read_text()))
-    else:  # a run of an earlier version
-        dataset = _data_of(run, config, None, data_root)
+    dataset = _form_of(run, config, data_root)
+    tokens, image = dataset.num_categories is not None, _is_image(dataset.shape)
+    default = None if tokens else run / ("samples.png" if image else "samples.npz")
+    path = output or default
+    kinds = [".npz", *([".txt"] if tokens else []), *([".png"] if image else [])]
+    if path is not None and path.suffix.lower() not in kinds:
+        raise ValueError(
+            f"output: got {os.fspath(path)!r} for data of shape {dataset.shape}, wanted {' or '.join(kinds)}"
+        )
     x = model.eval().sample(count, torch.Generator().manual_seed(seed), noise)
-    if dataset.num_categories is not None:
-        for line in dataset.to_text(x):
-            print(line)
-        return
     content = io.BytesIO()
-    if len(dataset.shape) == 2:
-        require("matplotlib", "train").use("Agg")
-        plt = require("matplotlib.pyplot", "train")
-        columns = min(count, 8)
-        rows = -(-count // columns)
-        height, width = dataset.shape
-        sheet = np.ones((rows * height, columns * width))
-        for k, image in enumerate(x.numpy()):
-            i, j = divmod(k, columns)
-            sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.reshape(height, width)
-        zoom = max(1, 96 // height)  # small images so that they can be seen
-        plt.imsave(content, sheet.repeat(zoom, 0).repeat(zoom, 1), cmap="gray", vmin=0, vmax=1, format="png")
-        path = run / "samples.png"
+    if path is None or path.suffix.lower() == ".txt":
+        lines = "".join(f"{line}\n" for line in dataset.to_text(x))
+        if path is None:
+            print(lines, end="")
+            return
+        content.write(lines.encode())
+    elif path.suffix.lower() == ".npz":
+        np.savez(content, samples=x.numpy().reshape(count, *dataset.shape))
     else:
-        np.savez(content, samples=x.numpy())
-        path = run / "samples.npz"
+        require("matplotlib", "train").use("Agg")
+        sheet = _sheet(x.numpy().reshape(count, *dataset.shape))
+        require("matplotlib.pyplot", "train").imsave(content, sheet, cmap="gray", vmin=0, vmax=1, format="png")
     write_atomically(path, content.getvalue())
     print(path)
 
 
+def _is_image(shape: tuple[int, ...]) -> bool:
+    """Height and width, perhaps after the channels: one, or red, green and blue."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))
+
+
+def _sheet(images: Any) -> Any:
+    """Images (n, [channels,] height, width) beside and below each other, small ones magnified."""
+    import numpy as np
+
+    colours = images.shape[1] if images.ndim == 4 else 1
+    height, width = images.shape[-2:]
+    columns = min(len(images), 8)
+    rows = -(-len(images) // columns)
+    sheet = np.ones((rows * height, columns * width, colours))
+    for k, image in enumerate(images.reshape(-1, colours, height, width)):
+        i, j = divmod(k, columns)
+        sheet[i * height : (i + 1) * height, j * width : (j + 1) * width] = image.transpose(1, 2, 0)
+    zoom = max(1, 96 // height)
+    sheet = sheet.clip(0, 1).repeat(zoom, 0).repeat(zoom, 1)
+    return sheet[..., 0] if colours == 1 else sheet
+
+
 @app.command(epilog=_FIELDS)
 def sweep(
-    output: Annotated[Path, typer.Option(help="Folder of the sweep.")],
+    output: Annotated[Path, _path_option(help="Folder of the sweep.")],
     constants: Annotated[
         list[str] | None,
         typer.Option("--L", help="Constants of the grid, or auto; once for each. Else the field L, or the model's."),
@@ -295,9 +333,9 @@ def sweep(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="The study, such as studies/images.yaml.")],
+    file: Annotated[Path, typer.Argument(help="The study, such as studies/images.yaml.", parser=_path, metavar="FILE")],
     quick: Annotated[bool, typer.Option("--quick", help="Its trial: a few small runs, to see it work.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder of its results; else results/NAME.")] = None,
+    output: Annotated[Path | None, _path_option(help="Folder of its results; else results/NAME.")] = None,
     data_root: DataRoot = None,
     jobs: Annotated[int | None, typer.Option(help="Runs beside each other; else one for each core.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Begin no run after so long; the same command goes on.")] = None,
@@ -333,11 +371,14 @@ def study(
 @app.command()
 def report(
     what: Annotated[str, typer.Argument(help="Name or folder of a study, or a folder with runs in it.")],
-    results: Annotated[Path | None, typer.Option(help="Folder of the study's results; else results/NAME.")] = None,
+    results: Annotated[Path | None, _path_option(help="Folder of the study's results; else results/NAME.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show finished runs in one table; of a study, draw figures and tables from its results.
 
     `ilvae-fast report runs`, `ilvae-fast report images`
+
+    A run whose files are damaged is named, the others are shown, and the exit status is 1.
     """
     folder = results if results is not None else Path("results") / what
     if what == "toy":
@@ -349,13 +390,38 @@ def report(
     if (folder / "study.json").is_file():
         from ..training.study_report import draw
 
-        for path in draw(folder, json.loads((folder / "study.json").read_text())):
+        for path in draw(folder, read_json(folder / "study.json", "the same study writes it anew")):
             print(path)
         return
-    found = sorted(Path(what).glob("**/metrics.json"))
+    place = _path(what)
+    found = sorted(place.glob("**/metrics.json"))
     if not found:
         raise FileNotFoundError(f"what: no metrics.json under {what!r}, wanted a folder with finished runs, or toy")
-    show([(str(path.parent.relative_to(what)), json.loads(path.read_text())) for path in found])
+    shown, damaged = {}, []
+    for path in found:
+        try:
+            name = path.parent.relative_to(place).as_posix()
+            shown[place.resolve().name if name == "." else name] = _measures(path)
+        except (ValueError, OSError) as error:
+            damaged.append(error)
+    if as_json:
+        print(json.dumps([{"run": name, **measures} for name, measures in shown.items()], indent=2))
+    elif shown:
+        show(list(shown.items()))
+    for problem in damaged:
+        print(f"error: {problem}", file=sys.stderr)
+    if damaged:
+        sys.exit(1)
+
+
+def _measures(path: Path) -> dict[str, Any]:
+    """What a metrics.json holds."""
+    cure = "remove it, and `ilvae-fast train --config` with the config.yaml beside it measures the model anew"
+    measures = read_json(path, cure)
+    wrong = [key for _, key in COLUMNS if not isinstance(measures.get(key), int | float | None)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is {measures[wrong[0]]!r}, wanted a number; {cure}")
+    return measures
 
 
 @app.command()
@@ -429,6 +495,20 @@ def _finished(run: Path) -> tuple[TrainConfig, Any]:
     return TrainConfig.from_yaml(run / "config.yaml"), VAE.from_pretrained(run / "model")
 
 
+def _form(run: Path) -> dict[str, Any]:
+    """What a run knows of its data."""
+    path, cure = run / "data.json", "remove it, and the data themselves are read"
+    form = read_json(path, cure)
+    if missing := sorted({"shape", "num_categories", "vocabulary", "separator", "checksum"} - form.keys()):
+        raise ValueError(f"{path}: is damaged, {missing[0]} is missing; {cure}")
+    return form
+
+
+def _form_of(run: Path, config: TrainConfig, data_root: str | None) -> Dataset:
+    """The form of the data of a run; the data themselves only if it was trained by an earlier version."""
+    return Dataset.of_form(_form(run)) if (run / "data.json").is_file() else _data_of(run, config, None, data_root)
+
+
 def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | None) -> Any:
     """The data of a run, which may have been moved: named anew, or by their name in another folder."""
     from ..training import load_dataset
@@ -440,7 +520,7 @@ def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | 
     config = replace(config, data=name or config.data, data_root=data_root or config.data_root)
     dataset = load_dataset(config)
     if is_file(config.data) and (run / "data.json").is_file():
-        wanted, found = json.loads((run / "data.json").read_text())["checksum"], checksum(dataset.train)
+        wanted, found = _form(run)["checksum"], checksum(dataset.train)
         if found != wanted:
             raise ValueError(
                 f"data: the training data in {config.located().data} have the checksum {found:08x}, and those of the "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ COLUMNS = (
     ("bound", "fisher_lower_bound"), ("ESS", "fisher_effective_sample_size"), ("certified L", "certified"),
     ("measured L", "measured"), ("clusters", "clustering_accuracy"),
 )  # fmt: skip
+_SECONDS = 30  # from one line of progress to the next
 _NAME_WIDTH = 20  # of a run's name, before measures go on in another table
 
 
@@ -38,6 +41,7 @@ def show(rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
 
 
 def _table(cells: Sequence[tuple[str, dict[str, Any]]], shown: Sequence[tuple[str, str]]) -> Any:
+    text = require("rich.text", "train").Text
     table = require("rich.table", "train").Table(box=require("rich.box", "train").SIMPLE_HEAD, show_edge=False)
 
     def add_column(heading: str, values: Sequence[str], narrowest: int, **options: Any) -> None:
@@ -52,7 +56,7 @@ def _table(cells: Sequence[tuple[str, dict[str, Any]]], shown: Sequence[tuple[st
         words = ["" if v is None else v if isinstance(v, str) else f"{v:.4g}" for v in values]
         add_column(heading, words, len("not finite"), justify="right")  # a number has fewer digits
     for row in zip(*columns, strict=True):
-        table.add_row(*row)
+        table.add_row(*(text(cell) for cell in row))  # a name may have brackets, which are no markup
     return table
 
 
@@ -70,6 +74,12 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _note(values: dict[str, float]) -> str:
+    if "loss" in values:
+        return f"loss {values['loss']:.2f}"
+    return f"measuring, {values['measured']:.0%}" if "measured" in values else ""
+
+
 class Bar:
     """A bar that follows the steps of a run, or of one run after the other."""
 
@@ -82,23 +92,43 @@ class Bar:
     def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
         if self.task is None:
             self.task = self.bars.add_task(self.name, total=steps, note="")
-        note = {}
-        if "loss" in values:
-            note = {"note": f"loss {values['loss']:.2f}"}
-        elif "measured" in values:
-            note = {"note": f"measuring, {values['measured']:.0%}"}
-        self.bars.update(self.task, completed=step, **note)
+        note = _note(values)
+        self.bars.update(self.task, completed=step, **({"note": note} if note else {}))
+
+
+class Lines(Bar):
+    """The same where there is no terminal: a line from time to time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(None, name)
+        self.last, self.note = time.monotonic(), ""
+
+    def named(self, name: str) -> Lines:
+        return Lines(name)
+
+    def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
+        self.note = _note(values) or self.note
+        now = time.monotonic()
+        if is_main() and now - self.last >= _SECONDS:
+            self.last = now
+            words = ", ".join(filter(None, (f"{step} of {steps}", self.note)))
+            print(f"{self.name}: {words}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Bar]:
+    """Progress on the standard error, so that the standard output has results alone."""
+    if not sys.stderr.isatty():
+        yield Lines(name)
+        return
     progress = require("rich.progress", "train")
     columns = [
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        progress.TextColumn("{task.fields[note]}", markup=False),
     ]
-    with progress.Progress(*columns, disable=not is_main()) as bars:
+    errors = require("rich.console", "train").Console(stderr=True)
+    with progress.Progress(*columns, console=errors, disable=not is_main()) as bars:
         yield Bar(bars, name)

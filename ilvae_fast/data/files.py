@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from .._support.errors import unknown_name
 from .dataset import Dataset, on_cpu, split
 
 LEVELS = ("character", "word")
+_CURE = "numpy.savez(path, x_train=array); of a table in text, array = numpy.loadtxt(file, delimiter=',')"
 _RESERVED = ("<eos>", "<unk>")  # tokens 0 and 1
 
 
@@ -90,6 +90,19 @@ def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
         raise FileNotFoundError(f"{kind}:FILE: no file {os.fspath(path)!r} in {os.getcwd()}, wanted {wanted}")
 
 
+def _what_it_is(path: Path, error: Exception) -> str:
+    """A file that is no archive of arrays, in words."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if not start:
+        return "is empty"
+    if start == b"\x93NUMPY":
+        return "is a single array, as numpy.save writes it"
+    if not start.startswith(b"PK"):
+        return "is no archive of arrays"
+    return f"is damaged, or holds other things than arrays of numbers ({error})"
+
+
 @on_cpu
 def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1, range: Sequence[float] | None = None) -> Dataset:
     """Arrays ``x_train`` (N, ...), and if there ``x_test``, ``y_train``, ``y_test``, as ``numpy.savez`` writes them.
@@ -113,10 +126,10 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1, range: Sequ
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test") if name in archive}
             names = archive.files
-    except (BadZipFile, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: is no archive of arrays that numpy.savez wrote ({error})") from error
+    except Exception as error:  # of damaged bytes NumPy and zipfile raise errors of a dozen kinds
+        raise ValueError(f"{path}: {_what_it_is(Path(path), error)}; wanted an archive: {_CURE}") from error
     if "x_train" not in arrays:
-        raise ValueError(f"{path}: holds {', '.join(names) or 'nothing'}, wanted x_train")
+        raise ValueError(f"{path}: holds {', '.join(names) or 'nothing'}, wanted x_train: {_CURE}")
     for part in ("train", "test"):
         x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
         if y is not None and (x is None or y.shape != (len(x),)):
@@ -124,7 +137,9 @@ def npz(path: str | os.PathLike[str], *, test_fraction: float = 0.1, range: Sequ
         if x is not None and len(x) == 0:
             raise ValueError(f"{path}: x_{part} has no rows, wanted at least one datum")
         if x is not None and (x.ndim < 2 or x.shape[1:] != arrays["x_train"].shape[1:] or x.dtype.kind not in "biuf"):
-            raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers (N, ...) as in x_train")
+            shape = ("N", *arrays["x_train"].shape[1:])
+            wanted = "(N, ...)" if part == "train" else f"({', '.join(map(str, shape))}) as in x_train"
+            raise ValueError(f"{path}: x_{part} is {x.dtype} of shape {x.shape}, wanted numbers {wanted}")
         if x is not None and x.dtype != arrays["x_train"].dtype:  # which says how both are scaled
             raise ValueError(f"{path}: x_{part} is {x.dtype}, wanted the type of x_train, {arrays['x_train'].dtype}")
 

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,9 @@ class TrainConfig:
         for name, kind, wanted in _KINDS:
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
+        for name in ("data_root", "output"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: got '', wanted the path of a folder")
         if self.model not in CONFIGURATIONS:
             raise unknown_name("model", self.model, CONFIGURATIONS)
         if self.precision not in PRECISIONS:
@@ -158,6 +162,8 @@ class TrainConfig:
         if self.output is not None:
             return Path(os.path.expanduser(self.output))
         name = self.data.replace(":", "-").replace(os.sep, "-")
+        if len(os.fsencode(name)) > 200:  # file systems take 255 bytes
+            name = f"{name[:5]}{zlib.crc32(os.fsencode(name)):08x}-{name[-40:]}"
         constant = "" if self.L is None else f"-{constant_name(self.L)}"
         return Path("runs") / f"{name}-{self.model}{constant}-seed{self.seed}"
 
@@ -198,7 +204,11 @@ class TrainConfig:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"config: no file {os.fspath(path)!r}, wanted YAML with fields of a run")
-        return cls.from_dict(read_yaml(path))
+        fields = read_yaml(path)
+        try:
+            return cls.from_dict(fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from error
 
     def to_yaml(self) -> str:
         """All fields."""
@@ -257,9 +267,14 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     Raises:
         ValueError: no YAML, or no mapping of names to values.
     """
-    fields = _parsed(os.fspath(path), Path(path).read_text())
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)}: is no text in UTF-8 ({error})") from error
+    fields = _parsed(os.fspath(path), text)
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{os.fspath(path)}: got {type(fields).__name__}, wanted fields with their values")
+        found = "is empty" if fields is None else f"got {type(fields).__name__}"
+        raise ValueError(f"{os.fspath(path)}: {found}, wanted fields with their values")
     return fields
 
 
@@ -268,7 +283,7 @@ def _parsed(source: str, text: str) -> Any:
     yaml = require("yaml", "train")
     try:
         return yaml.load(text, Loader=_dialect()[0])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none
         raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
 
 

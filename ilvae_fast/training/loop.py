@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -409,8 +410,14 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
 
     One output for each micro-batch, on the kind of device where it happened, if there is one;
     ``output.loss.backward()`` shows the gradients.
+
+    Raises:
+        ValueError: a damaged or another file.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{os.fspath(path)}: is no state that a diverged run left ({error})") from error
     model = VAE(VAEConfig.from_dict(saved["config"]))
     accept_constants(model)
     model.load_state_dict(saved["model"])

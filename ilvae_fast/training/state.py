@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._support.devices import has_float64
-from .._support.files import sync
+from .._support.files import read_json, sync
 from ..data.dataset import drawn
 
 KEPT = 2  # checkpoints that stay
@@ -227,9 +227,11 @@ def check(checkpoint: Path) -> None:
     """
     listed = checkpoint / _CONTENTS
     try:
-        contents = json.loads(listed.read_text()) if listed.is_file() else {}  # earlier versions wrote none
+        contents = read_json(listed, "") if listed.is_file() else {}  # earlier versions wrote none
         damaged = next((name for name, summary in contents.items() if _summary(checkpoint / name) != summary), None)
     except ValueError:
+        damaged = _CONTENTS
+    if listed.is_file() and damaged is None and not contents:
         damaged = _CONTENTS
     if damaged is not None:
         raise ValueError(

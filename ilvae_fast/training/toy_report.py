@@ -32,16 +32,21 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """The rows of runs.csv, numbers as numbers and None for an empty field.
 
     Raises:
-        FileNotFoundError: no such file; says how to make it.
+        FileNotFoundError, ValueError: no such file, or another one; says how to make it.
     """
     path = folder / "runs.csv"
     if not path.is_file():
         raise FileNotFoundError(f"results: no runs.csv in {folder}; python examples/toy_collapse.py makes it")
     texts = ("setting", "prior", "commit")
-    return [
-        {k: v if k in texts else (None if v == "" else float(v)) for k, v in row.items()}
-        for row in csv.DictReader(io.StringIO(path.read_text()))
-    ]
+    try:
+        rows = [
+            {k: v if k in texts else (None if v == "" else float(v)) for k, v in row.items()}
+            for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        ]
+        [rows[0][name] for name in ("setting", "prior", "sigma", "L", "accuracy", "fisher", "fisher_lower_bound")]
+    except (ValueError, TypeError, KeyError, IndexError, csv.Error) as error:
+        raise ValueError(f"{path}: is no table of the toy study; python examples/toy_collapse.py makes it") from error
+    return rows
 
 
 def curve(rows: Sequence[dict[str, Any]], column: str, **fixed: Any) -> dict[float, Point]:

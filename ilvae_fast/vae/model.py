@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._support.checks import check_positive
 from .._support.extras import require
-from .._support.files import write_atomically
+from .._support.files import read_json, write_atomically
 from .._support.options import build
 from ..distributions import LIKELIHOODS, PRIORS, Likelihood, Posterior, Prior
 from ..layers import BrenierDecoder
@@ -23,6 +24,7 @@ from ..layers.constant import accept_constants
 from .config import DECODERS, ENCODERS, VAEConfig
 from .sequences import AutoregressiveDecoder
 
+_TIES = "tied"  # in the metadata of a saved model
 _ROWS = 2**15  # latents decoded at a time where only a reduction over them is kept
 _VALUES = 2**26  # outputs of the decoder at a time, at most
 
@@ -255,13 +257,17 @@ class VAE(ImportanceWeighted):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into ``directory``, each file whole or not at all.
 
+        Tied tensors, of an encoder of your own, are written once, with the names that share them.
+
         Raises:
             ImportError: safetensors is not installed; says how to install it.
         """
         safetensors = require("safetensors.torch", "train")
         config = json.dumps(self.config.to_dict(), indent=2) + "\n"  # first: what has no such form leaves no file
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(Path(directory) / "model.safetensors", safetensors.save(state))
+        state, ties = _untied(self.state_dict())
+        write_atomically(
+            Path(directory) / "model.safetensors", safetensors.save(state, {_TIES: json.dumps(ties)} if ties else None)
+        )
         write_atomically(Path(directory) / "config.json", config)
 
     @classmethod
@@ -281,7 +287,8 @@ class VAE(ImportanceWeighted):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: unknown field in the configuration; ``inverse_lipschitz`` for a model without a Brenier decoder.
+            ValueError: a damaged file, or unknown field in the configuration; ``inverse_lipschitz`` for a model without
+                a Brenier decoder.
             RuntimeError: the tensors do not fit the configuration.
             ImportError: safetensors is not installed; says how to install it.
         """
@@ -290,24 +297,77 @@ class VAE(ImportanceWeighted):
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"directory: no {path.name} in {os.fspath(directory)!r}, wanted a saved model")
-        config = VAEConfig.from_dict(json.loads(paths[0].read_text()))
+        cure = "copy both files of the model anew, or save it again"
+        fields = read_json(paths[0], cure)
+        try:
+            config = VAEConfig.from_dict(fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{paths[0]}: {error}") from error
         if inverse_lipschitz is not None:
             if config.decoder != "brenier":
                 raise ValueError(
                     f"inverse_lipschitz: got {inverse_lipschitz}, wanted None for decoder={config.decoder!r}"
                 )
             config = replace(config, inverse_lipschitz=inverse_lipschitz)  # type: ignore[arg-type]  # one value too
+        content = paths[1].read_bytes()
+        try:
+            state, ties = safetensors.load(content), _ties(content)
+        except Exception as error:  # safetensors' own, which is no ValueError
+            state_of_file = "is damaged" if content else "is empty"
+            raise ValueError(f"{paths[1]}: {state_of_file}, no tensors ({error}); {cure}") from error
         model = cls(config, encoder)
-        state = safetensors.load(paths[1].read_bytes())
+        for name, source in ties.items():
+            if name not in state and source in state:
+                state[name] = state[source]
+                _tie(model, name, source)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if name in state:  # else load_state_dict names it
                 tensor.data = tensor.data.to(state[name].dtype)
         accept_constants(model.decoder)
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise RuntimeError(f"{paths[1]}: does not fit config.json; {' '.join(str(error).split())}") from error
         if inverse_lipschitz is not None:
             decoder = next(module for module in model.decoder.modules() if isinstance(module, BrenierDecoder))
             decoder.inverse_lipschitz = config.inverse_lipschitz
         return model
+
+
+def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, on the CPU and in memory of its own; and by each name left out that of the same tensor."""
+    kept: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() > 0 and place in seen:
+            ties[name] = seen[place]
+            continue
+        seen[place] = name
+        own = tensor.untyped_storage().nbytes() == tensor.nbytes
+        kept[name] = (tensor if own else tensor.clone()).cpu().contiguous()
+    return kept, ties
+
+
+def _ties(content: bytes) -> dict[str, str]:
+    """What :func:`_untied` left out of a file of safetensors, whose first eight bytes say how long its header is."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return json.loads(header.get("__metadata__", {}).get(_TIES, "{}"))
+
+
+def _tie(model: nn.Module, name: str, source: str) -> None:
+    """Let a tensor of the model be that of another name, if both are there and of one kind."""
+    places: list[tuple[dict[str, Any], str] | None] = []
+    for path in (name, source):
+        owner, _, attribute = path.rpartition(".")
+        module = dict(model.named_modules(remove_duplicate=False)).get(owner)
+        kinds = () if module is None else (module._parameters, module._buffers)
+        places.append(next(((kind, attribute) for kind in kinds if kind.get(attribute) is not None), None))
+    here, there = places
+    if here is not None and there is not None:
+        here[0][here[1]] = there[0][there[1]]
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
@@ -206,6 +208,9 @@ def test_images_and_text_are_shown(tmp_path, capsys):
     run_command(capsys, "train", *text, *few, str(tmp_path / "text"), "--set", "data_options.length=4")
     lines = run_command(capsys, "sample", str(tmp_path / "text"), "--count", "3", "--noise").splitlines()
     assert len(lines) == 3
+    poem = str(tmp_path / "samples.txt")
+    run_command(capsys, "sample", str(tmp_path / "text"), "--count", "3", "--noise", "--output", poem)
+    assert Path(poem).read_text().splitlines() == lines
 
 
 def test_info_and_bench(capsys):
@@ -314,6 +319,127 @@ def test_a_data_root_is_for_files_named_by_their_path_too(tmp_path, monkeypatch)
     assert (config.data, config.output) == (f"npz:{tmp_path / 'root' / 'both.npz'}", str(tmp_path / "here/runs/one"))
     assert TrainConfig(data="mnist").located().data_root == str(tmp_path / "root")
     assert TrainConfig(data="digits").located().data_root is None
+
+
+def test_report_shows_the_good_runs_and_lists_the_bad_ones(tmp_path, capsys):
+    contents = {
+        "good": '{"nll": 1.25}', "empty": "", "cut": '{"nll": 1', "list": "[1]", "words": '{"nll": "many"}',
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(content)
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["report", str(tmp_path), *options])
+        printed = capsys.readouterr()
+        assert caught.value.code == 1
+        assert "good" in printed.out
+        assert "1.25" in printed.out
+        named = [line.split(": ")[1] for line in printed.err.splitlines()]
+        assert named == [str(tmp_path / name / "metrics.json") for name in ("cut", "empty", "list", "words")]
+        assert all("remove it, and `ilvae-fast train --config`" in line for line in printed.err.splitlines())
+    assert json.loads(printed.out) == [{"run": "good", "nll": 1.25}]
+    assert "good" in run_command(capsys, "report", str(tmp_path / "good"))
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "model/model.safetensors", "config.yaml", "data.json"])
+@pytest.mark.parametrize("size", [0, 50])
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path, capsys, finished, name, size):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+    printed = run_command(capsys, "sample", str(folder), status=2)
+    assert printed.startswith(f"error: {folder / name}: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit):
+        cli.main(["train", *SMALL, "--output", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lr[/x]", "[bold]", "a [red] one", ":smile:"])
+def test_names_are_no_markup(tmp_path, capsys, finished, name):
+    folder = tmp_path / name.replace("/", os.sep)
+    shutil.copytree(finished, folder)
+    assert f"in {folder}" in run_command(capsys, "train", *SMALL, "--output", str(folder))
+    shown = run_command(capsys, "report", str(tmp_path))
+    assert name in shown
+    assert folder.name in run_command(capsys, "eval", str(folder), *FEW)
+    with cli.display.progress_bar(name) as progress:
+        progress(1, 2, {})
+
+
+def test_paths_may_begin_with_a_tilde_and_must_not_be_empty(tmp_path, capsys, monkeypatch, finished):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(finished.parent)
+    shutil.copytree(finished, tmp_path / "run")
+    run_command(capsys, "sample", "~/run")
+    assert (tmp_path / "run" / "samples.npz").is_file()
+    run_command(capsys, "report", "~/run")
+    run_command(capsys, "train", "--config", "~/run/config.yaml", "--output=~/run")
+    run_command(capsys, "eval", "~/run", *FEW, "--output=~/deep/eval.json")
+    assert (tmp_path / "deep" / "eval.json").is_file()
+    assert not (finished.parent / "~").exists()
+    for command, *option in (
+        ("train", "--output"), ("train", "--data-root"), ("train", "--config"), ("sweep", "--output"),
+        ("advise", "--picture"), ("sample",), ("eval",),
+    ):  # fmt: skip
+        assert "got ''" in run_command(capsys, command, *option, "", status=2)
+    assert "File name too long; choose a shorter name" in run_command(
+        capsys, "train", *SMALL, "--output", "x" * 300, status=2
+    )
+
+
+def test_results_are_on_stdout_and_progress_on_stderr(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.display, "_SECONDS", 0.0)
+    with pytest.raises(SystemExit):
+        cli.main(["train", *SMALL, "--set", "log_every=1", "--output", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"in {tmp_path / 'run'}"
+    assert printed.out.split()[:2] == ["run", "NLL"]
+    lines = printed.err.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'run'}: 1 of 4, loss ")
+    assert any(line.endswith("4 of 4, measuring, 100%") for line in lines)
+
+
+def test_a_line_of_progress_comes_every_30_seconds(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with cli.display.progress_bar("a run") as progress:
+        for step in range(1, 101):
+            now[0] += 1
+            progress(step, 100, {"loss": 2.5} if step % 10 == 0 else {})
+    assert capsys.readouterr().err.splitlines() == [f"a run: {step} of 100, loss 2.50" for step in (30, 60, 90)]
+
+
+def test_eval_prints_json(capsys, finished):
+    measures = json.loads(run_command(capsys, "eval", str(finished), *FEW, "--json"))
+    assert measures == json.loads((finished / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3, 2), (3, 4, 5)])
+def test_samples_have_the_shape_of_the_data(tmp_path, capsys, shape):
+    path = tmp_path / "x.npz"
+    np.savez(path, x_train=(np.random.default_rng(0).random((40, *shape)) * 255).astype(np.uint8))
+    folder = tmp_path / "run"
+    run_command(capsys, "train", *OF_A_FILE, "--data", f"npz:{path}", "--output", str(folder))
+    assert run_command(capsys, "sample", str(folder), "--count", "9") == f"{folder / 'samples.png'}\n"
+    drawn = plt.imread(folder / "samples.png")
+    height, width = shape[-2:]
+    zoom = 96 // height
+    assert drawn.shape[:2] == (2 * height * zoom, 8 * width * zoom)
+    arrays = tmp_path / "deep" / "samples.npz"
+    run_command(capsys, "sample", str(folder), "--count", "9", "--output", str(arrays))
+    samples = np.load(arrays)["samples"]
+    assert samples.shape == (9, *shape)
+    pixel = samples[0].reshape(-1, height, width)[:, 0, -1]
+    np.testing.assert_allclose(drawn[0, width * zoom - 1, :3], np.broadcast_to(pixel, 3), atol=1 / 255)
+    assert "wanted .npz or .png" in run_command(capsys, "sample", str(folder), "--output", "x.jpg", status=2)
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:

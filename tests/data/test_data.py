@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import math
 import os
+import re
 import struct
 import sys
 from pathlib import Path
@@ -424,7 +427,7 @@ def test_bad_ranges_are_refused(tmp_path, bounds):
     [
         ({"x": np.zeros((3, 2))}, "holds x, wanted x_train"),
         ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((0, 2))}, "x_test has no rows, wanted at least one"),
-        ({"x_train": np.zeros(3)}, r"x_train is float64 of shape \(3,\)"),
+        ({"x_train": np.zeros(3)}, r"x_train is float64 of shape \(3,\), wanted numbers \(N, \.\.\.\)$"),
         ({"x_train": np.zeros((3, 2)), "y_train": np.zeros(2)}, r"y_train has shape \(2,\)"),
         ({"x_train": np.zeros((3, 2)), "x_test": np.zeros((3, 4))}, "x_test"),
         ({"x_train": np.array([["a", "b"]])}, "x_train is <U1"),
@@ -455,7 +458,44 @@ def test_labels_may_be_of_any_type_that_holds_whole_numbers(tmp_path, dtype):
     assert labels.tolist() == [0, 7, 2]
 
 
-def test_a_file_that_is_not_an_archive_of_arrays_is_refused(tmp_path):
-    Path(tmp_path / "arrays.npz").write_bytes(b"PK\x03\x04 nonsense")
-    with pytest.raises(ValueError, match=r"no archive of arrays that numpy\.savez wrote"):
-        data.load(f"npz:{tmp_path / 'arrays.npz'}")
+def archive(**arrays) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def single_array() -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.zeros((3, 2)))
+    return content.getvalue()
+
+
+NO_ARCHIVES = {
+    "nonsense": (b"PK\x03\x04 nonsense", "is damaged, or holds other things than arrays"),
+    "empty": (b"", "is empty"),
+    "a table": (b"1.0,2.0\n3.0,4.0\n", "is no archive of arrays"),
+    "a single array": (single_array(), "is a single array, as numpy.save writes it"),
+    "objects": (archive(x_train=np.array([{}, []], object)), "is damaged, or holds other things than arrays"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARCHIVES)
+def test_a_file_that_is_not_an_archive_of_arrays_is_refused(tmp_path, name):
+    path, (content, found) = tmp_path / "arrays.npz", NO_ARCHIVES[name]
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^{path}: {re.escape(found)}.*; wanted an archive: numpy\.savez\(path, x_train"
+    ):
+        data.load(f"npz:{path}")
+
+
+def test_an_archive_that_was_cut_off_or_changed_is_refused_or_whole(tmp_path):
+    path, whole = tmp_path / "arrays.npz", archive(x_train=np.arange(40.0).reshape(20, 2))
+    for cut in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=rf"^{path}: "):
+            data.load(f"npz:{path}")
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with contextlib.suppress(ValueError):
+            data.load(f"npz:{path}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,7 +23,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from ilvae_fast.training import TrainConfig, train
+from ilvae_fast.training import TrainConfig, reproduce, train
 from ilvae_fast.training.state import Batches, Clock, Interrupts, Position, latest
 from ilvae_fast.vae import VAE
 from training_cases import OPTIONS, interrupted, small
@@ -89,6 +91,54 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
         train(config, lambda *_: pytest.fail("trained"))
     shutil.rmtree(checkpoint)
     assert train(config)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"model.safetensors": 1}', '{"../x": [1, 2]}'])
+def test_a_list_of_contents_that_is_none_is_named(tmp_path, content):
+    config = small(tmp_path, checkpoint_every=4)
+    checkpoint = interrupted(config)
+    (checkpoint / "contents.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"output: {checkpoint}/.* is not as it was written; remove {checkpoint} to"):
+        train(config, lambda *_: pytest.fail("trained"))
+
+
+@pytest.mark.parametrize("content", ["", '{"nll": 1.5', "[1]"])
+def test_damaged_measures_of_a_run_are_named(tmp_path, content):
+    config = small(tmp_path, epochs=1)
+    measures = train(config)
+    path = tmp_path / "metrics.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{path}: .*; remove it, and the same command measures the model anew"):
+        train(config)
+    path.unlink()
+    assert train(config) == measures
+
+
+def test_a_damaged_configuration_of_a_run_is_named(tmp_path):
+    config = small(tmp_path, epochs=1)
+    train(config)
+    path = tmp_path / "config.yaml"
+    whole = path.read_bytes()
+    for content in (b"", b"- 1", b"epochs: {", b"\xff\xfe", b"epochs: -3", b"epoch: 3", b"seed: 2001-99-99"):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, TypeError), match=rf"^{path}: "):
+            train(config)
+    path.write_bytes(whole)
+    assert train(config)
+
+
+def test_a_damaged_state_of_a_diverged_run_is_named(tmp_path):
+    path = tmp_path / "process0.pt"
+    for content in (b"", b"PK\x03\x04", pickle.dumps(print), torch_bytes({"x": 3})[:-50]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{path}: is no state that a diverged run left"):
+            reproduce(path)
+
+
+def torch_bytes(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def test_tensorboard_shows_each_step_once(tmp_path):
@@ -235,7 +285,7 @@ def test_folders_without_fsync_are_warned_of(tmp_path, monkeypatch):
 # prints how the child ended.
 RUNNER = """
 import os, sys, torch, torch.utils.tensorboard
-from ilvae_fast.training import TrainConfig, train
+from ilvae_fast.training import TrainConfig, reproduce, train
 torch.set_num_threads(1)
 for line in sys.stdin:
     if line.strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -147,6 +148,21 @@ def test_every_field_comes_back_from_yaml(tmp_path):
 def test_a_word_for_a_number_is_explained(tmp_path):
     with pytest.raises(TypeError, match=r"learning_rate: got str 'fast'"):
         small(tmp_path).updated(["learning_rate=fast"])
+
+
+@pytest.mark.parametrize("name", ["output", "data_root"])
+def test_an_empty_path_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"^{name}: got '', wanted the path of a folder"):
+        small(tmp_path, **{name: ""})
+
+
+def test_the_folder_of_a_file_with_a_long_path_has_a_short_name():
+    names = [f"npz:/{'deep/' * 60}ß{k}.npz" for k in (1, 2)]
+    folders = [TrainConfig(data=name).folder for name in names]
+    assert folders[0] != folders[1]
+    assert all(len(os.fsencode(folder.name)) < 200 for folder in folders)
+    assert folders[0].name.endswith("-ß1.npz-il-lidvae-seed0")
+    assert TrainConfig(data="npz:/data/x.npz").folder.name == "npz--data-x.npz-il-lidvae-seed0"
 
 
 SCALES = {

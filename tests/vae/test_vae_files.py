@@ -8,9 +8,11 @@ import os
 import stat
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ilvae_fast import BrenierDecoder
 from ilvae_fast._support import files as _files
@@ -88,6 +90,69 @@ def test_what_is_missing_or_unknown_in_a_saved_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "latent_dim": 2}))
     with pytest.raises(RuntimeError, match="size mismatch"):
         VAE.from_pretrained(tmp_path)
+
+
+DAMAGED = {"empty": lambda c: b"", "cut": lambda c: c[: len(c) // 2], "zeros": lambda c: bytes(len(c))}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_of_a_model_is_named(tmp_path, name, damage):
+    small_model().save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    state = "is empty" if damage == "empty" else "is damaged"
+    with pytest.raises(ValueError, match=rf"^{path}: {state}, no .*; copy both files of the model anew"):
+        VAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"data_dim": 3}', '{"data_dim": [], "latent_dim": 2}', "[1]", '"x"'])
+def test_a_configuration_of_something_else_is_named(tmp_path, content):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, RuntimeError), match=rf"{tmp_path / 'config.json'}: "):
+        VAE.from_pretrained(tmp_path)
+
+
+class Tied(torch.nn.Module):
+    """An encoder with tied weights and buffers, and a view into a larger tensor."""
+
+    def __init__(self, width: int, parameters: int, tied: bool = True) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(width, width), torch.nn.Linear(width, width)
+        self.head = torch.nn.Linear(width, parameters)
+        self.register_buffer("scale", torch.arange(1.0, 2 * width + 1)[::2].contiguous())
+        self.register_buffer("again", self.scale if tied else torch.zeros(width))
+        self.register_buffer("slice", torch.linspace(0, 1, 3 * width)[width : 2 * width])
+        self.register_buffer("whole", torch.ones(2 * width))
+        if tied:
+            self.second.weight = self.first.weight
+            self.slice = self.whole[:width]
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()) * self.scale + self.again + self.slice)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_of_an_encoder_are_saved_once_and_tied_again(tmp_path, tied):
+    config = replace(small_model().config, encoder="user")
+    width, parameters = config.data_dim, 2 * config.latent_dim
+    model = VAE(config, encoder=Tied(width, parameters))
+    x = torch.randn(5, width)
+    model.save_pretrained(tmp_path)
+    fresh = Tied(width, parameters, tied)
+    loaded = VAE.from_pretrained(tmp_path, encoder=fresh)
+    assert torch.equal(loaded.encode(x), model.encode(x))
+    assert loaded.encoder.second.weight is loaded.encoder.first.weight
+    assert loaded.encoder.again is loaded.encoder.scale
+    assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    loaded.encoder.first.weight.grad = None
+    loaded(x).loss.backward()
+    assert loaded.encoder.first.weight.grad is not None
+    state = load_file(tmp_path / "model.safetensors")
+    assert "encoder.first.weight" in state
+    assert "encoder.second.weight" not in state
+    assert state["encoder.slice"].numel() == width
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
