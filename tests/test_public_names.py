@@ -22,7 +22,8 @@ NAMES = {
     "ilvae_fast.convert": "from_lidvae",
     "ilvae_fast.export": "PlainDecoder PlainMap onnx plain",
     "ilvae_fast.annealing": "Annealer Constant Cosine Cyclical Linear Piecewise SCHEDULES Schedule as_schedule",
-    "ilvae_fast.data": "DATASETS Dataset digits fashion_mnist load mnist npz omniglot pinwheel synthetic_text text toy",
+    "ilvae_fast.data": "DATASETS Dataset Parts digits "
+    "fashion_mnist load mnist npz omniglot pinwheel synthetic_text text toy",
     "ilvae_fast.layers": "BrenierDecoder BrenierMap NonNegative Trained",
     "ilvae_fast.vae": "AutoregressiveDecoder Bernoulli CONFIGURATIONS Categorical ContinuousBernoulli DECODERS "
     "DiagonalGaussian ENCODERS Gaussian GaussianMixture GaussianMixturePosterior ImportanceSamples LIKELIHOODS "
@@ -32,10 +33,11 @@ NAMES = {
     "clustering_majority "
     "decoder_given decoder_jacobian diagnose elbo epsilon_collapse gain inverse_lipschitz kl_divergence "
     "mutual_information negative_log_likelihood nll_without_latent relative_fisher",
-    "ilvae_fast.training": "Diverged TrainConfig advice_for build_model evaluate gather_in_methods load_dataset "
-    "reproduce shard "
+    "ilvae_fast.training": "Diverged Study TrainConfig advice_for build_model evaluate gather_in_methods load_dataset "
+    "reproduce run_study shard "
     "sweep train",
     "ilvae_fast.training.toy_report": "draw",
+    "ilvae_fast.training.study_report": "draw",
     "ilvae_fast.cli": "COLUMNS app main",
     "ilvae_fast._C": "Plan build_info map_jvp plan potential_and_map softplus training_terms",
 }

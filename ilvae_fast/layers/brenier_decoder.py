@@ -293,6 +293,23 @@ class BrenierDecoder(nn.Module):
         return stacked_tangents(self.jvp, z)
 
     @torch.no_grad()
+    def cotangent_bound(self, z: Tensor, v: Tensor) -> Tensor:
+        """Return a certified lower bound of ``|J(z)^T v|``, J the Jacobian at z: ``L1 |B^T J2 v|``.
+
+        ``J = J2 B J1`` with symmetric J1 and J2, the Jacobians of the two maps, and no singular value of J1 is below
+        L1. J2 is taken as it is, so that this is at least ``L1 L2 sigma_min(B)`` times the length of v's projection on
+        the range of J.
+
+        Args:
+            z: (..., m).
+            v: cotangent (..., D), flat whatever ``data_shape`` is.
+        """
+        embedding = self.embedding_matrix()
+        _, pulled = self.data_map.jvp(self.latent_map(z) @ embedding.mT, v)
+        constant = self.latent_map.inverse_lipschitz.to(torch.promote_types(pulled.dtype, torch.float32))
+        return constant.squeeze(0) * torch.linalg.vector_norm(pulled @ embedding, dim=-1)
+
+    @torch.no_grad()
     def inverse_lipschitz_bound(self) -> Tensor:
         """Return ``L1 sigma_min(B) L2``, a 0-d float64 tensor, of the L and B that are applied."""
         maps = self.latent_map, self.data_map

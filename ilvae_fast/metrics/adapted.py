@@ -122,6 +122,8 @@ class _FlatDecoder:
         self.decoder = decoder
         if hasattr(decoder, "inverse_lipschitz_bound"):
             self.inverse_lipschitz_bound = decoder.inverse_lipschitz_bound
+        if hasattr(decoder, "cotangent_bound"):
+            self.cotangent_bound = decoder.cotangent_bound
         if hasattr(decoder, "jacobian"):
             self.jacobian = self._jacobian
 

@@ -17,13 +17,16 @@ class RelativeFisher(NamedTuple):
     """See :func:`relative_fisher`; all are means over the data.
 
     divergence; lower_bound, NaN where no constant is certified; projected_residual ``E |Pi s|^2``, the other factor
-    of the bound; effective_sample_size of the importance weights, between 1 and the number of samples.
+    of the bound; effective_sample_size of the importance weights, between 1 and the number of samples; local_bound;
+    cotangent_bound, NaN for a decoder without one.
     """
 
     divergence: float
     lower_bound: float
     projected_residual: float
     effective_sample_size: float
+    local_bound: float = math.nan
+    cotangent_bound: float = math.nan
 
 
 class InverseLipschitz(NamedTuple):
@@ -56,6 +59,13 @@ def relative_fisher(
     holds only where D = m. The factor ``E |Pi s|^2`` is reported too: it varies with L, so that the bound need not
     grow with L^2. L is the certified constant.
 
+    Two more bounds, both above that one and below the divergence, say where it is loose:
+
+        ``local_bound``: ``E sigma_min(J_f(z))^2 |Pi s|^2``, for any decoder. The steepness is that where the posterior
+        is; the rest of the divergence is due to scores that do not point along the flattest direction.
+        ``cotangent_bound``: ``E L1^2 |B^T J2 s|^2``, J2 the Jacobian of a Brenier decoder's second map, certified by
+        the first map's constant alone (:meth:`ilvae_fast.BrenierDecoder.cotangent_bound`).
+
     The true posterior is sampled by self-normalised importance weights from q(z|x), the same for divergence and bound,
     which therefore are ordered sample by sample, not in expectation alone. A mean effective sample size ``1 / sum w^2``
     (Kong, 1992) near 1 says that the estimates are not to be trusted.
@@ -66,7 +76,7 @@ def relative_fisher(
     as in :func:`decoder_jacobian`. ``batch_size * num_samples`` Jacobians (D, m) are held at a time.
     """
     num_samples = check_positive("num_samples", num_samples)
-    total, count, constant = torch.zeros(3, dtype=torch.float64), 0, math.nan
+    total, count, constant = torch.zeros(5, dtype=torch.float64), 0, math.nan
     for x in batches(data, batch_size):
         samples = model.importance_sample(x, num_samples, generator)
         weights = samples.log_weights.softmax(0)
@@ -74,13 +84,19 @@ def relative_fisher(
         jacobian = _at_least_float32(decoder_jacobian(decoder, samples.z))
         score = model.likelihood.score(x.flatten(1), samples.f).unsqueeze(-1).to(jacobian.dtype)
         gradient = (jacobian.mT @ score).square().sum((-2, -1))
-        residual = (torch.linalg.qr(jacobian).Q.mT @ score).square().sum((-2, -1))
-        sums = [(weights * gradient).sum(0), (weights * residual).sum(0), 1 / weights.square().sum(0)]
+        orthonormal, triangle = torch.linalg.qr(jacobian)
+        residual = (orthonormal.mT @ score).square().sum((-2, -1))
+        local = residual * _smallest_singular_value(triangle).square()
+        cotangent = torch.full_like(residual, math.nan)
+        if hasattr(decoder, "cotangent_bound"):
+            cotangent = decoder.cotangent_bound(samples.z, score.squeeze(-1).to(samples.z.dtype)).square()
+        means = [(weights * value).sum(0) for value in (gradient, residual, local, cotangent)]
+        sums = [*means, 1 / weights.square().sum(0)]
         total = total + with_float64(torch.stack(sums)).double().sum(-1).cpu()
         constant = certified_constant(decoder)
         count += len(x)
-    divergence, projected, effective = ratio(total, count, reduce).tolist()
-    return RelativeFisher(divergence, constant**2 * projected, projected, effective)
+    divergence, projected, local_bound, cotangent_bound, effective = ratio(total, count, reduce).tolist()
+    return RelativeFisher(divergence, constant**2 * projected, projected, effective, local_bound, cotangent_bound)
 
 
 @torch.no_grad()
@@ -124,6 +140,15 @@ def decoder_jacobian(decoder: Any, z: Tensor) -> Tensor:
         return decoder.jacobian(z)
     flat = torch.func.vmap(torch.func.jacfwd(lambda one: decoder(one).flatten()))(z.reshape(-1, z.shape[-1]))
     return flat.reshape(*z.shape[:-1], *flat.shape[-2:])
+
+
+def _smallest_singular_value(matrix: Tensor) -> Tensor:
+    """Of matrices (..., k, m): (...), 0 where m > k, for some direction is lost; NaN where one is not finite."""
+    if matrix.shape[-2] < matrix.shape[-1]:
+        return matrix.new_zeros(matrix.shape[:-2])
+    finite = matrix.isfinite().all(-1).all(-1)
+    values = torch.linalg.svdvals(matrix.where(finite[..., None, None], 0.0)).amin(-1)
+    return values.where(finite, math.nan)
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ _METHODS = {
         "importance_sample",
         "log_likelihood",
     ),
-    "decoder": ("jvp", "jacobian", "inverse_lipschitz_bound", "embedding_matrix", "generate"),
+    "decoder": ("jvp", "jacobian", "cotangent_bound", "inverse_lipschitz_bound", "embedding_matrix", "generate"),
     "map": ("potential", "potential_and_map", "jvp", "jacobian", "logabsdet", "inverse", "nonneg_weights"),
 }
 

@@ -58,11 +58,11 @@ def evaluate(
         nll, perplexity (of sequences: exp of the nll of a token), elbo, gain (None for an autoregressive decoder
         without a baseline), elbo_kl, kl_per_dimension, active_units, latent_variances, active_directions,
         direction_variances, epsilon_collapse (by epsilon), mutual_information, mutual_information_limit (log N),
-        kl_minus_mi (on the same N data), fisher, fisher_lower_bound, fisher_projected_residual,
-        fisher_effective_sample_size, certified, measured; for a mixture components_used, those to which at least a
-        hundredth of the data is assigned, and if the data have labels clustering_accuracy and clustering_majority. If
-        there are any: not_finite, sorted names of the measures with a number that is infinite or NaN; warnings, what
-        :func:`ilvae_fast.metrics.diagnose` says.
+        kl_minus_mi (on the same N data), fisher, fisher_lower_bound, fisher_local_bound, fisher_cotangent_bound,
+        fisher_projected_residual, fisher_effective_sample_size, certified, measured; for a mixture components_used,
+        those to which at least a hundredth of the data is assigned, and if the data have labels clustering_accuracy and
+        clustering_majority. If there are any: not_finite, sorted names of the measures with a number that is infinite
+        or NaN; warnings, what :func:`ilvae_fast.metrics.diagnose` says.
 
     Raises:
         ValueError: fewer test data than processes.
@@ -127,6 +127,8 @@ def evaluate(
         "kl_minus_mi": rest,
         "fisher": fisher.divergence,
         "fisher_lower_bound": fisher.lower_bound,
+        "fisher_local_bound": fisher.local_bound,
+        "fisher_cotangent_bound": fisher.cotangent_bound,
         "fisher_projected_residual": fisher.projected_residual,
         "fisher_effective_sample_size": fisher.effective_sample_size,
         "certified": constant.certified,
@@ -140,6 +142,7 @@ def evaluate(
             result["clustering_accuracy"] = metrics.clustering_accuracy(clusters, labels)
             result["clustering_majority"] = metrics.clustering_majority(clusters, labels)
     absent = ["certified", "fisher_lower_bound"] if math.isnan(constant.certified) else []
+    absent += [] if hasattr(decoder, "cotangent_bound") else ["fisher_cotangent_bound"]
     absent += [] if comparable else ["gain"]
     finite = {name: _finite(value) for name, value in result.items()}
     not_finite = sorted(name for name in result if finite[name] != result[name] and name not in absent)

@@ -4,6 +4,7 @@
     {kind: against, x: MEASURE, y: [MEASURE, ..], lines: LABEL}: measures against another one; runs without x as levels
     {kind: plane, x: MEASURE, y: [MEASURE, ..], lines: LABEL, points: LABEL}: paths through the points of a line
     {kind: pictures, of: samples or reconstructions, rows: LABEL}: what the runs kept
+    {kind: texts, rows: LABEL}: the same of runs on text, as Markdown
 
 ``panels: LABEL`` makes one panel, or table, for each of its values; ``where: {LABEL: [..]}`` takes these runs alone.
 """
@@ -121,7 +122,8 @@ def _line(entries: Sequence[str]) -> str:
 def _cell(mean: Mean | None) -> str:
     if mean is None:
         return ""
-    return f"{mean.mean:.4g}" if math.isnan(mean.error) else f"{mean.mean:.4g} ± {mean.error:.2g}"
+    exact = not mean.error > 1e-9 * abs(mean.mean)  # one run, or one value but for rounding
+    return f"{mean.mean:.4g}" if exact else f"{mean.mean:.4g} ± {mean.error:.2g}"
 
 
 def _axes(panels: int, kinds: int) -> tuple[Any, Any, Any]:
@@ -250,9 +252,26 @@ def _sheet(pictures: np.ndarray) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3).reshape(count * height, n * width)
 
 
+def _texts(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    text = io.StringIO()
+    for record in runs:
+        if "texts" in record:
+            labels = ", ".join(f"{name} {value}" for name, value in record["labels"].items())
+            text.write(f"## {labels}\n\n")
+            texts = record["texts"]
+            for title in ("samples", "interpolation"):
+                text.write(f"{title}:\n\n" + "".join(f"    {line}\n" for line in texts[title]) + "\n")
+            text.write("data, and its reconstruction:\n\n")
+            for line, again in zip(texts["data"], texts["reconstructions"], strict=True):
+                text.write(f"    {line}\n    -> {again}\n")
+            text.write("\n")
+    return text.getvalue().rstrip("\n") + "\n", ".md"
+
+
 DRAWERS: dict[str, Callable[[list[Row], Any, Mapping[str, Any], Path], tuple[bytes | str, str]]] = {
     "table": _table,
     "against": _against,
     "plane": _plane,
     "pictures": _pictures,
+    "texts": _texts,
 }

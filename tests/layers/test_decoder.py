@@ -344,3 +344,21 @@ def test_common_training_utilities_work(embedding, tmp_path):
     assert torch.equal(torch.stack(decoder.inverse_lipschitz), torch.tensor([[0.7], [0.3]]))
     torch.testing.assert_close(decoder(z), values, rtol=0.02, atol=0.02)
     torch.testing.assert_close(decoder.inverse_lipschitz_bound(), bound, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("embedding", ["orthogonal", "identity", "full_rank"])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4)])
+def test_the_bound_of_a_cotangent_is_certified_and_exact_for_an_affine_first_map(embedding, shape):
+    decoder = il.BrenierDecoder(2, 5, inverse_lipschitz=(0.7, 0.3), embedding=embedding).double()
+    z, v = torch.randn(*shape, 2, dtype=torch.float64), torch.randn(*shape, 5, dtype=torch.float64)
+    length = (decoder.jacobian(z).mT @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+    bound = decoder.cotangent_bound(z, v)
+    assert bound.shape == torch.Size(shape)
+    assert not bound.requires_grad
+    assert (bound <= length * (1 + 1e-12)).all()
+    assert (bound > 0).all()
+    flat = il.BrenierDecoder(2, 5, ((8,), (8,)), inverse_lipschitz=(0.7, 0.3), embedding=embedding).double()
+    for parameter in flat.latent_map.parameters():
+        torch.nn.init.zeros_(parameter)  # the first map is then L1 z
+    exact = (flat.jacobian(z).mT @ v.unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+    assert torch.allclose(flat.cotangent_bound(z, v), exact, rtol=1e-12)

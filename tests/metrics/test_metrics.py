@@ -269,6 +269,36 @@ def test_measures_of_one_latent_against_a_grid(likelihood, options, data_dim):
     assert measured == pytest.approx(steepness, rel=1e-4)
 
 
+@given(
+    constants=st.tuples(*[st.floats(0.0, 3)] * 2), seed=st.integers(0, 1000),
+    embedding=st.sampled_from(["orthogonal", "identity", "full_rank"]), sizes=st.sampled_from([(1, 1), (2, 5), (3, 3)]),
+)  # fmt: skip
+def test_the_bounds_are_ordered(constants, seed, embedding, sizes):
+    torch.manual_seed(seed)
+    config = VAEConfig(
+        sizes[1], sizes[0], inverse_lipschitz=constants, encoder_hidden=(5,), decoder_hidden=((8,), (8, 8)),
+        likelihood="bernoulli", embedding=embedding,
+    )  # fmt: skip
+    model, x = VAE(config).double(), torch.rand(4, sizes[1], dtype=DTYPE).round()
+    fisher = metrics.relative_fisher(model, x, 16)
+    slack = 1 + 1e-9
+    assert fisher.lower_bound <= fisher.local_bound * slack
+    assert fisher.local_bound <= fisher.divergence * slack
+    assert fisher.lower_bound <= fisher.cotangent_bound * slack
+    assert fisher.cotangent_bound <= fisher.divergence * slack
+
+
+def test_the_local_bound_of_a_linear_model_and_of_one_without_a_constant():
+    linear = Linear(2, 5)
+    fisher = metrics.relative_fisher(linear.model, linear.x, 64)
+    assert fisher.local_bound == pytest.approx(fisher.lower_bound, rel=1e-12)  # the same steepness everywhere
+    assert math.isnan(fisher.cotangent_bound)
+    plain = metrics.relative_fisher(small_model("vae").double(), batch(6).double(), 4)
+    assert 0 < plain.local_bound < plain.divergence
+    assert math.isnan(plain.lower_bound)
+    assert math.isnan(plain.cotangent_bound)
+
+
 # mixtures and sequences
 
 
