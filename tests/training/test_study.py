@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -168,12 +167,16 @@ def test_a_killed_study_goes_on_with_several_runs_beside_each_other(tmp_path):
     path, folder = written(tmp_path), tmp_path / "results"
     command = [sys.executable, "-m", "ilvae_fast", "study", str(path), "--output", str(folder), "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 240
     while not list(folder.glob("runs/*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
     process.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):  # they notice, and no run is done twice
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     done = {file: file.read_bytes() for file in folder.glob("runs/*.json")}
     assert done
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
