@@ -237,7 +237,7 @@ class TrainConfig:
                 inside = inside.setdefault(part, {})
                 if not isinstance(inside, dict):
                     raise ValueError(f"set: got {assignment!r}, but {part} has no fields of its own")
-            inside[last] = _parsed(f"set: {assignment}", value)
+            inside[last] = parse_yaml(f"set: {assignment}", value)
         return TrainConfig.from_dict(fields)
 
 
@@ -271,14 +271,14 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)}: is no text in UTF-8 ({error})") from error
-    fields = _parsed(os.fspath(path), text)
+    fields = parse_yaml(os.fspath(path), text)
     if not isinstance(fields, Mapping):
         found = "is empty" if fields is None else f"got {type(fields).__name__}"
         raise ValueError(f"{os.fspath(path)}: {found}, wanted fields with their values")
     return fields
 
 
-def _parsed(source: str, text: str) -> Any:
+def parse_yaml(source: str, text: str) -> Any:
     """The value of a text in YAML."""
     yaml = require("yaml", "train")
     try:

@@ -11,7 +11,7 @@ A study file has
     figures: what to draw (:mod:`~.study_report`)
 
 Fields that are mappings, such as data_options, are merged, the later over the earlier: common, the grid's, those of the
-choices.
+choices. ``$AXIS`` in the place of a value is the label on that axis, such as ``seed: $seed`` inside data_options.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .._version import __version__
 from ..data import Dataset
 from ..distributions import GaussianMixture
 from ..vae import VAE
-from .config import TrainConfig, load_dataset, read_yaml
+from .config import TrainConfig, load_dataset, parse_yaml, read_yaml
 from .loop import Diverged, train
 
 _NOT_OF_A_RUN = ("output", "data_root", "cpu")  # where it was made, which changes nothing
@@ -111,7 +111,7 @@ def _cells(grid: Fields, common: Fields, trial: Fields) -> Iterator[Cell]:
     for choices in itertools.product(*(choices.items() for choices in axes.values())):
         labels = {**grid.get("labels", {}), **dict(zip(axes, (label for label, _ in choices), strict=True))}
         layers = [common, grid.get("common", {}), *(fields for _, fields in choices), trial.get("common", {})]
-        yield Cell({name: str(label) for name, label in labels.items()}, _merged(layers))
+        yield Cell({name: str(label) for name, label in labels.items()}, _filled(_merged(layers), labels))
 
 
 def _choices(name: str, values: Any) -> dict[str, Fields]:
@@ -133,6 +133,18 @@ def _restricted(name: str, choices: dict[str, Fields], wanted: Any) -> dict[str,
         return {label: choices[label] for label in known}
     of_a_field = name in TrainConfig.__dataclass_fields__
     return _choices(name, wanted) if of_a_field else dict(itertools.islice(choices.items(), 1))
+
+
+def _filled(value: Any, labels: Mapping[str, Any]) -> Any:
+    """``value`` with the label of its axis, as YAML reads it, for each ``$AXIS``."""
+    if isinstance(value, Mapping):
+        return {name: _filled(v, labels) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(v, labels) for v in value]
+    if isinstance(value, str) and value.startswith("$"):
+        check_names("study: axis", [value[1:]], labels)
+        return parse_yaml(value, str(labels[value[1:]]))
+    return value
 
 
 def _merged(layers: Sequence[Fields]) -> dict[str, Any]:
@@ -246,7 +258,8 @@ def _run(
         record["parameters"] = {
             part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("encoder", "decoder")
         }
-        record["history"] = json.loads((output / "history.json").read_text())
+        epochs = json.loads((output / "history.json").read_text())
+        record["history"] = epochs[:: -(-len(epochs) // 20)]  # at most 20 of them
         if all(cell.labels.get(name) in set(map(str, those)) for name, those in keep.get("labels", {}).items()):
             record |= _kept(model, dataset, keep, folder / "runs" / f"{cell.name}.npz")
     except Diverged as error:

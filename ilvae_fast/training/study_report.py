@@ -1,10 +1,12 @@
 """Figures and tables of a study, drawn from its files alone. A study's ``figures`` say what to draw, each with a name:
 
     {kind: table, rows: LABEL, columns: [MEASURE, ..]}: Markdown, mean and standard error over what differs (the seeds)
-    {kind: against, x: MEASURE, y: [MEASURE, ..], lines: LABEL}: measures against another one; runs without x as levels
+    {kind: slopes, x: MEASURE, y: [MEASURE, ..], rows: LABEL}: of log y against log x, fitted for each seed: Markdown
+    {kind: against, x: MEASURE, y: [MEASURE, ..], lines: LABEL}: measures against another one; runs without x as levels;
+        ``scale: log`` for logarithmic axes
     {kind: plane, x: MEASURE, y: [MEASURE, ..], lines: LABEL, points: LABEL}: paths through the points of a line
     {kind: pictures, of: samples or reconstructions, rows: LABEL}: what the runs kept
-    {kind: texts, rows: LABEL}: the same of runs on text, as Markdown
+    {kind: texts}: the same of runs on text, as Markdown
 
 ``panels: LABEL`` makes one panel, or table, for each of its values; ``where: {LABEL: [..]}`` takes these runs alone.
 """
@@ -30,7 +32,9 @@ TITLES = {
     "nll": "NLL [nats]", "best_nll": "NLL, best epoch [nats]", "elbo_kl": "KL [nats]", "kl_minus_mi": "KL - MI [nats]",
     "mutual_information": "MI [nats]", "active_units": "active units", "active_directions": "active directions",
     "certified": "certified L", "measured": "measured L", "fisher": "Fisher divergence", "fisher_lower_bound": "bound",
-    "fisher_effective_sample_size": "ESS", "gain": "gain [nats]", "perplexity": "perplexity",
+    "fisher_local_bound": "local bound", "fisher_cotangent_bound": "cotangent bound",
+    "fisher_projected_residual": "projected residual", "fisher_effective_sample_size": "ESS",
+    "gain": "gain [nats]", "perplexity": "perplexity",
     "clustering_accuracy": "accuracy", "clustering_majority": "majority accuracy", "components_used": "components used",
     "collapsed_0.01": "collapsed, eps 0.01", "seconds": "seconds",
 }  # fmt: skip
@@ -115,6 +119,24 @@ def _table(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) 
     return text.getvalue().rstrip("\n") + "\n", ".md"
 
 
+def _slopes(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    x, ys, label = figure["x"], list(figure["y"]), figure["rows"]
+    text = io.StringIO()
+    text.write(_line([label, "seeds", *(f"slope of {TITLES.get(y, y)}" for y in ys)]))
+    text.write(_line(["---"] * (2 + len(ys))))
+    for name, members in groups(rows, label).items():
+        seeds = groups([rows[k] for k in members], "seed")
+        fitted = {y: [] for y in ys}  # type: ignore[var-annotated]
+        for chosen in seeds.values():
+            these = [rows[members[k]] for k in chosen]
+            for y in ys:
+                pairs = [(r[x], r[y]) for r in these if (r.get(x) or 0) > 0 and (r.get(y) or 0) > 0]
+                if len(pairs) > 1:
+                    fitted[y].append(statistics.linear_regression(*np.log(pairs).T.tolist()).slope)
+        text.write(_line([name, str(len(seeds)), *(_cell(averaged(v)) if v else "" for v in fitted.values())]))
+    return text.getvalue(), ".md"
+
+
 def _line(entries: Sequence[str]) -> str:
     return f"| {' | '.join(entries)} |\n"
 
@@ -165,8 +187,12 @@ def _against(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path
                         axis.axhline(level.mean, color=colour, linestyle="--", linewidth=1, label=label)
                         if not math.isnan(level.error):
                             axis.axhspan(level.mean - level.error, level.mean + level.error, color=colour, alpha=0.15)
-            axis.set_xscale("symlog", linthresh=0.1)
-            axis.set_xlim(left=0)
+            if figure.get("scale") == "log":
+                axis.set_xscale("log")
+                axis.set_yscale("log")
+            else:
+                axis.set_xscale("symlog", linthresh=0.1)
+                axis.set_xlim(left=0)
             axis.set_ylabel(TITLES.get(y, y) if column == 0 else "")
             axis.grid(alpha=0.3)
         axes[0][column].set_title(panel)
@@ -272,6 +298,7 @@ DRAWERS: dict[str, Callable[[list[Row], Any, Mapping[str, Any], Path], tuple[byt
     "table": _table,
     "against": _against,
     "plane": _plane,
+    "slopes": _slopes,
     "pictures": _pictures,
     "texts": _texts,
 }

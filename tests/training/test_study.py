@@ -64,6 +64,31 @@ def test_a_grid_merges_fields_and_takes_seed_after_seed(tmp_path):
     assert trial.cells[0].fields["data_options"]["validation"] == 20
 
 
+def test_a_field_may_name_an_axis(tmp_path):
+    common = {
+        **TOY["common"],
+        "data_options": {"num_train": 300, "sigma": "$seed"},
+        "annealing": {"kl_weight": "$seed"},
+    }
+    study = Study.from_yaml(written(tmp_path, common=common))
+    assert [cell.fields["data_options"]["sigma"] for cell in study.cells] == [0, 0, 1, 1]
+    assert study.cells[2].fields["annealing"] == {"kl_weight": 1}
+    with pytest.raises(ValueError, match=r"study: axis: got 'sed'.*'seed'"):
+        Study.from_yaml(written(tmp_path, common={**common, "loss_limit": "$sed"}))
+
+
+def test_slopes_are_of_logarithms(tmp_path):
+    from ilvae_fast.training.study_report import DRAWERS
+
+    rows = [
+        {"sigma": "1", "seed": str(s), "certified": L, "fisher": (2 + s) * L**2}
+        for s in (0, 1) for L in (1.0, 3.0, 10.0)
+    ]  # fmt: skip
+    figure = {"x": "certified", "y": ["fisher"], "rows": "sigma"}
+    text, _ = DRAWERS["slopes"](rows, [], figure, tmp_path)
+    assert text.splitlines()[-1] == "| 1 | 2 | 2 |"
+
+
 def test_bad_studies_are_refused_before_the_first_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="study: no file"):
         Study.from_yaml(tmp_path / "none.yaml")
@@ -148,7 +173,7 @@ def test_means_are_over_seeds_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["images", "mixture", "text", "annealing", "cures"])
+@pytest.mark.parametrize("name", ["images", "mixture", "text", "annealing", "cures", "theorem"])
 def test_the_trial_of_each_study(tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     run_command(capsys, "study", str(ROOT / "studies" / f"{name}.yaml"), "--quick", "--jobs", "1")
