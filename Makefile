@@ -11,7 +11,7 @@ PYTEST_OPTIONS ?=
 BIN := .venv/bin
 SOURCES := CMakeLists.txt $(wildcard cmake/*) setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
 
-.PHONY: help demo test lint format build wheel package clean
+.PHONY: help demo test lint format build wheel package lowest clean
 help:
 	@echo "make demo    train VAE, LIDVAE and IL-LIDVAE on digits; report in runs/demo/report.html"
 	@echo "make test    all tests"
@@ -19,6 +19,7 @@ help:
 	@echo "make build   environment and extension alone     make clean    remove what was built"
 	@echo "make wheel   a wheel in dist/ for the torch of .venv, which it names and requires"
 	@echo "make package sdist and wheel in dist/, each tried in a clean environment"
+	@echo "make lowest  tests of the command line with the lowest versions that pyproject.toml allows"
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -48,6 +49,9 @@ wheel: build
 package: build
 	rm -rf build/lib* build/bdist*
 	$(BIN)/python tests/package.py sdist wheel
+
+lowest: build
+	$(BIN)/python tests/lowest.py
 
 .venv/.created:
 	$(PYTHON) -m venv .venv

@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 GIB_PER_JOB = 2.5  # a file with torch headers
 OLDEST_TORCH = "2.11"
+NUMPY = "numpy>=1.26"
 
 
 def parallel_jobs() -> int:
@@ -143,10 +144,10 @@ def metadata() -> dict[str, object]:
     """
     version = runpy.run_path(str(ROOT / "ilvae_fast" / "_version.py"))["__version__"]
     if not pins_torch():
-        return {"version": version, "install_requires": [f"torch>={OLDEST_TORCH}", "numpy"]}
+        return {"version": version, "install_requires": [f"torch>={OLDEST_TORCH}", NUMPY]}
     release = ".".join(Torch.at_hand().version.split("+")[0].split(".")[:2])
     kernels = f"cu{(torch_cuda() or '').replace('.', '')}" if cuda_wanted() == "on" else "cpu"
-    return {"version": f"{version}+torch{release}.{kernels}", "install_requires": [f"torch=={release}.*", "numpy"]}
+    return {"version": f"{version}+torch{release}.{kernels}", "install_requires": [f"torch=={release}.*", NUMPY]}
 
 
 if __name__ == "__main__":  # as setuptools runs it; tests import the functions

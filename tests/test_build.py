@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lowest import EXTRAS, lowest
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -230,11 +233,10 @@ def _backend(call: str, tree: Path, **environment: str) -> str:
 
 
 def _tracked() -> set[str]:
-    """The files of the repository; new ones count before they are committed."""
+    """The files of the repository."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git repository, to know which files belong to it")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
 
 
@@ -310,3 +312,15 @@ def test_without_torch_the_build_says_what_to_install_first(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"this environment has none. Install torch first.*--no-build-isolation"):
         SETUP["Torch"].at_hand()
+
+
+def test_extras_name_the_lowest_versions_that_ci_tries():
+    found = SETUP["metadata"]()["install_requires"]
+    assert list(lowest(found, ())) == [SETUP["NUMPY"].replace(">=", "==")]
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
+    for extra in EXTRAS:
+        block = re.search(rf"^{extra} = \[(.*?)^\]", section, re.MULTILINE | re.DOTALL)
+        assert block
+        requirements = re.findall(r'"(.*?)"', block[1])
+        assert [r for r in requirements if not re.search(r"[>=]=\d", r)] == []
