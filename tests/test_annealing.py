@@ -42,7 +42,7 @@ def test_schedules_from_numbers_and_mappings():
     [
         ({"kind": "liner", "start": 0, "end": 1, "steps": 5}, ValueError, r"kind: got 'liner'.*nearest: 'linear'"),
         ({"kind": "linear", "begin": 0}, ValueError, "option of linear: got 'begin'"),
-        ({"kind": "linear", "start": 0.0, "end": 1.0}, ValueError, "option of linear: got none called 'steps'"),
+        ({"kind": "linear", "start": 0.0, "end": 1.0}, ValueError, "option of linear: 'steps' is missing"),
         ({"kind": "linear", "start": 0.0, "end": 1.0, "steps": 0}, ValueError, "steps: got 0"),
         ({"kind": "linear", "start": -1.0, "end": 1.0, "steps": 5}, ValueError, r"start: got -1\.0"),
         ({"kind": "cyclical", "start": 0.0, "end": math.inf, "period": 5}, ValueError, "end: got inf"),

@@ -112,5 +112,7 @@ def test_il_beats_l_0_in_accuracy_where_the_likelihood_asks_for_the_noise_too(ro
 @pytest.mark.parametrize("content", ["", "sigma,L\n1,2\n", "setting,prior,sigma,L\ntrue,normal,x,1\n", "\0"])
 def test_a_table_of_something_else_is_named(tmp_path, content):
     (tmp_path / "runs.csv").write_text(content)
-    with pytest.raises(ValueError, match=rf"^{tmp_path / 'runs.csv'}: is no table of the toy study; python examples"):
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path / 'runs.csv'}: is not the table of the toy study; python examples"
+    ):
         draw(tmp_path)

@@ -47,8 +47,8 @@ def read_json(path: str | os.PathLike[str], cure: str) -> Any:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        state = "is damaged" if content.strip() else "is empty"
-        raise ValueError(f"{os.fspath(path)}: {state}, no JSON ({error}); {cure}") from error
+        state = f"is damaged, not valid JSON ({error})" if content.strip() else "is empty"
+        raise ValueError(f"{os.fspath(path)}: {state}; {cure}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{os.fspath(path)}: holds {type(found).__name__}, wanted names with values; {cure}")
     return found
@@ -117,7 +117,7 @@ def locked(path: Path) -> Iterator[None]:
             if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
                 raise
             warnings.warn(
-                f"{path.parent}: no file can be locked there ({error}): make sure that one process alone writes to it",
+                f"{path.parent}: files cannot be locked there ({error}): make sure that only one process writes to it",
                 stacklevel=2,
             )
         yield

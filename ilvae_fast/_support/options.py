@@ -34,5 +34,5 @@ def build(argument: str, part: Callable[..., T], options: Mapping[str, Any], *fi
     check_names(argument, options, known)
     for name in known:
         if name not in options and parameters[name].default is inspect.Parameter.empty:
-            raise ValueError(f"{argument}: got none called {name!r}, which is needed")
+            raise ValueError(f"{argument}: {name!r} is missing, which has no default")
     return part(*fixed, **options)

@@ -53,9 +53,9 @@ components as classes. Large KL, MI and active units mean little where the gain 
 
 
 def _field(name: str, help: str, *flags: str) -> Any:
-    """An option for a field of the configuration, with its default."""
+    """An option for a field of the configuration; its default holds where neither it nor --config names the field."""
     default = _DEFAULTS[name]
-    return typer.Option(*flags, help=help, show_default=False if default is None else str(default))
+    return typer.Option(*flags, help=help if default is None else f"{help} Default: {default}.", show_default=False)
 
 
 def _path(text: str) -> Path:
@@ -70,7 +70,7 @@ def _path_option(*flags: str, **settings: Any) -> Any:
 
 Data = Annotated[str | None, _field("data", f"{', '.join(DATASETS)}.", "--data")]
 DataRoot = Annotated[
-    str | None, _field("data_root", "Folder of data sets in files. Else ILVAE_FAST_DATA_ROOT, or data/.")
+    str | None, _field("data_root", "Folder of the data sets that are files; else ILVAE_FAST_DATA_ROOT, or data/.")
 ]
 Model = Annotated[str | None, _field("model", f"{', '.join(CONFIGURATIONS)}.", "--model")]
 _L = """Certified inverse-Lipschitz constant of the decoder, the product L1 L2 sigma_min(B) of its maps and embedding;
@@ -78,14 +78,14 @@ auto: what `ilvae-fast advise` recommends"""
 Constant = Annotated[str | None, _field("L", f"{_L}. Else the model's: 1 or 0.", "--L")]
 LatentDim = Annotated[int | None, _field("latent_dim", "Width of the latent space.")]
 Epochs = Annotated[int | None, _field("epochs", "Passes over the training data.")]
-BatchSize = Annotated[int | None, _field("batch_size", "Data in a step, of each process.")]
-Rate = Annotated[float | None, _field("learning_rate", "Of Adam.", "--learning-rate", "--lr")]
-Seed = Annotated[int | None, _field("seed", "Of weights, batches and noise.")]
+BatchSize = Annotated[int | None, _field("batch_size", "Data per step and process.")]
+Rate = Annotated[float | None, _field("learning_rate", "Learning rate of Adam.", "--learning-rate", "--lr")]
+Seed = Annotated[int | None, _field("seed", "Seed of weights, batches and noise.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
 File = Annotated[Path | None, _path_option("--config", help="YAML file of fields, such as another run's config.yaml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field (see below), a dot for "
-    "those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, start: 0, "
-    "end: 1, steps: 500}'.")]  # fmt: skip
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set any field (see below); a dot "
+    "reaches those inside: --set model_options.likelihood=gaussian, --set 'annealing.kl_weight={kind: linear, "
+    "start: 0, end: 1, steps: 500}'.")]  # fmt: skip
 Restart = Annotated[bool, typer.Option("--restart", help="Forget the run in the folder; else it goes on.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.", parser=_path, metavar="RUN")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -136,7 +136,7 @@ def train(
     `--nnodes` and `--rdzv-endpoint`. To shard what is too wide for one device:
     `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 -m ilvae_fast train ..`
 
-    What is printed at the end `ilvae-fast eval --help` explains.
+    `ilvae-fast eval --help` explains what is printed at the end.
     """
     from ..training import train as run
 
@@ -184,10 +184,10 @@ def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(help="Where the run's npz:FILE or text:FILE is now.")] = None,
     data_root: DataRoot = None,
-    importance_samples: Annotated[int, typer.Option(help="For the likelihood of each datum.", min=1)] = 500,
-    fisher_samples: Annotated[int, typer.Option(help="For the divergence of each datum.", min=1)] = 32,
-    limit: Annotated[int, typer.Option(help="How many test data; 0: all of them.", min=0)] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    importance_samples: Annotated[int, typer.Option(help="Samples for the likelihood of each datum.", min=1)] = 500,
+    fisher_samples: Annotated[int, typer.Option(help="Samples for the divergence of each datum.", min=1)] = 32,
+    limit: Annotated[int, typer.Option(help="How many test data to measure on; 0: all of them.", min=0)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[Path | None, _path_option(help="File to write; else RUN/eval.json.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -218,9 +218,9 @@ def evaluate(
 @app.command()
 def sample(
     run: Run,
-    count: Annotated[int, typer.Option(help="How many.", min=1)] = 16,
+    count: Annotated[int, typer.Option(help="How many to draw.", min=1)] = 16,
     noise: Annotated[bool, typer.Option("--noise", help="Samples of p(x|z) instead of its mean.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[Path | None, _path_option(help="File to write: .png, .npz or .txt.")] = None,
     data_root: DataRoot = None,
 ) -> None:
@@ -396,7 +396,9 @@ def report(
     place = _path(what)
     found = sorted(place.glob("**/metrics.json"))
     if not found:
-        raise FileNotFoundError(f"what: no metrics.json under {what!r}, wanted a folder with finished runs, or toy")
+        raise FileNotFoundError(
+            f"what: no metrics.json under {what!r}, wanted a folder with finished runs, or the name of a study"
+        )
     shown, damaged = {}, []
     for path in found:
         try:

@@ -98,6 +98,9 @@ def split(x: Tensor, labels: Tensor | None, fraction: float) -> tuple[Tensor, Te
     """(train, test, train_labels, test_labels) of unsplit data: a random part, the same every time, is for tests."""
     count = int(len(x) * fraction)
     if not 0 < count < len(x):
-        raise ValueError(f"test_fraction: got {fraction} of {len(x)} data, wanted both parts to have at least one")
+        raise ValueError(
+            f"test_fraction: got {fraction}, which leaves {len(x) - count} of {len(x)} data to train on and {count} to "
+            "test, wanted at least one in each part"
+        )
     test, train = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tensor_split([count])
     return x[train], x[test], None if labels is None else labels[train], None if labels is None else labels[test]

@@ -55,12 +55,12 @@ def text(
     try:
         content = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
+        raise ValueError(f"{path}: is not text in UTF-8 ({error})") from error
     lines = [
         list(line) if level == "character" else line.split() for line in re.split("\r?\n", content) if line.strip()
     ]
     if not lines:
-        raise ValueError(f"{path}: has no line that is not empty")
+        raise ValueError(f"{path}: has no line with text in it")
     train, test, *_ = split(torch.arange(len(lines)), None, test_fraction)
     counts = Counter(token for k in train.tolist() for token in lines[k] if token not in _RESERVED)
     vocabulary = (*_RESERVED, *(token for token, _ in counts.most_common(vocabulary_size - len(_RESERVED))))
@@ -87,11 +87,11 @@ def _checked_range(value: Sequence[float]) -> tuple[float, float]:
 
 def _check_file(kind: str, path: str | os.PathLike[str], wanted: str) -> None:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{kind}:FILE: no file {os.fspath(path)!r} in {os.getcwd()}, wanted {wanted}")
+        raise FileNotFoundError(f"{kind}:FILE: no file {os.path.abspath(path)!r}, wanted {wanted}")
 
 
 def _what_it_is(path: Path, error: Exception) -> str:
-    """A file that is no archive of arrays, in words."""
+    """A file that is not an archive of arrays, in words."""
     with open(path, "rb") as file:
         start = file.read(6)
     if not start:
@@ -99,7 +99,7 @@ def _what_it_is(path: Path, error: Exception) -> str:
     if start == b"\x93NUMPY":
         return "is a single array, as numpy.save writes it"
     if not start.startswith(b"PK"):
-        return "is no archive of arrays"
+        return "is not an archive of arrays"
     return f"is damaged, or holds other things than arrays of numbers ({error})"
 
 

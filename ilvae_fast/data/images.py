@@ -122,8 +122,8 @@ def read_idx(path: str | os.PathLike[str], sha256: str | None = None) -> np.ndar
         raise ValueError(f"{path}: is damaged, it cannot be unpacked ({error}); {cure}") from error
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise ValueError(
-            f"{path}: is not the known file: sha256 of its content {found}, wanted {sha256}; {cure}, or pass "
-            "verify=False"
+            f"{path}: is not the known file: sha256 of its content {found}, wanted {sha256}; {cure}, or "
+            "take it as it is by verify=False (--set data_options.verify=false)"
         )
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: starts with {content[:3].hex(' ')!r}, wanted an IDX file of bytes, '00 00 08'")
@@ -144,7 +144,10 @@ def _mnist_like(name: str, data_root: str | os.PathLike[str], download: bool, ve
     files = [f"{name}/{p}-{q}-ubyte" for p in ("train", "t10k") for q in ("images-idx3", "labels-idx1")]
     if download and any(_located(file, folders) is None for file in files):
         getattr(require("torchvision.datasets", "download"), kind)(os.fspath(data_root), download=True)
-    cure = f"pass download=True (pip install ilvae_fast[download] brings torchvision), or copy {name}'s official files"
+    cure = (
+        f"copy {name}'s official files there, or let torchvision fetch them by download=True "
+        "(--set data_options.download=true; it comes with the extra ilvae_fast[download])"
+    )
     paths = [_find(file, folders, cure) for file in files]
     arrays = [read_idx(path, _checksum(file, verify)) for path, file in zip(paths, files, strict=True)]
     train, train_labels, test, test_labels = arrays

@@ -76,7 +76,7 @@ class Parts:
             return dataset
         if dataset.num_categories is not None or not dataset.unit_range:
             raise ValueError(
-                f"binarize: got {self.binarize!r} for data that are no values in [0, 1], wanted 'none', or grey values "
+                f"binarize: got {self.binarize!r} for data that are not in [0, 1], wanted 'none', or grey values "
                 "scaled to [0, 1]"
             )
         dynamic = self.binarize == "dynamic"

@@ -73,7 +73,7 @@ class TrainConfig:
         checkpoint_minutes: the longest time without a checkpoint. One is written at the end of an epoch, too, unless
             epochs are so short that it would slow training down.
         log_every: steps from one line of the log to the next.
-        loss_limit: nats for a datum above which, or if it is no number, training stops.
+        loss_limit: nats per datum; training stops if the loss is larger, or NaN.
         num_importance_samples: for the likelihood of each datum in the final measures.
         fisher_samples: for the divergence of each datum there.
         eval_limit: how many of the test data to measure on; None: all. The divergence takes a tenth of them.
@@ -149,8 +149,8 @@ class TrainConfig:
             raise ValueError(f"L: got {self.L} besides model_options.inverse_lipschitz, wanted one of them")
         if self.accumulation > 1 and self.model_options.get("free_bits"):
             raise ValueError(
-                f"accumulation: got {self.accumulation} with model_options.free_bits, wanted 1: free bits are of a "
-                "batch's mean, of micro-batches they are another objective"
+                f"accumulation: got {self.accumulation} with model_options.free_bits, wanted 1: free bits "
+                "apply to the mean of a batch, and with micro-batches would be another objective"
             )
         for schedule in self.annealing.values():
             as_schedule(schedule)
@@ -208,7 +208,8 @@ class TrainConfig:
         try:
             return cls.from_dict(fields)
         except (ValueError, TypeError, KeyError) as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{os.fspath(path)}: {error}") from error
 
     def to_yaml(self) -> str:
         """All fields."""
@@ -270,7 +271,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(path)}: is no text in UTF-8 ({error})") from error
+        raise ValueError(f"{os.fspath(path)}: is not text in UTF-8 ({error})") from error
     fields = parse_yaml(os.fspath(path), text)
     if not isinstance(fields, Mapping):
         found = "is empty" if fields is None else f"got {type(fields).__name__}"
@@ -284,7 +285,7 @@ def parse_yaml(source: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_dialect()[0])
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date may be none
-        raise ValueError(f"{source}: is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 _KIND_OF = {schedule: kind for kind, schedule in SCHEDULES.items()}
@@ -345,6 +346,14 @@ def model_config(config: TrainConfig, dataset: Dataset) -> VAEConfig:
         raise ValueError(f"model: got {config.model!r}, which models {kind}; for {config.data} try {nearest!r}")
     if dataset.num_categories is not None:
         fields["likelihood_options"] = {"num_categories": dataset.num_categories}
+        if takes_constant(config):  # the head maps [hidden state, z] injectively to the logits of the tokens
+            widest = dataset.num_categories - config.latent_dim
+            if widest < 1:
+                raise ValueError(
+                    f"latent_dim: got {config.latent_dim} for {config.model!r}, wanted less than "
+                    f"{dataset.num_categories}, the number of different tokens in {config.data}"
+                )
+            fields["autoregressive_hidden"] = min(CONFIGURATIONS[config.model]["autoregressive_hidden"], widest)
     else:
         if "likelihood" not in config.model_options:
             _check_scale(dataset)

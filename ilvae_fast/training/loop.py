@@ -49,8 +49,8 @@ _ANEW = "remove it, and the same command measures the model anew"
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is no number, or the loss above the limit; the message says where, and where the state to
-    reproduce it is."""
+    """The loss or a gradient is NaN or infinite, or the loss is above the limit. The message says where, and which file
+    reproduces it."""
 
 
 class Unsaved(OSError):
@@ -155,7 +155,7 @@ def _clear(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
     if found and "config.yaml" not in found:
         shown = ", ".join(found if len(found) < 10 else [*found[:9], ".."])
-        raise ValueError(f"output: {folder} holds no run to restart, for it has no config.yaml, but {shown}")
+        raise ValueError(f"output: {folder} holds no run to restart: it has no config.yaml, but {shown}")
     for name in _FILES:
         for path in (*folder.glob(f".{name}.*"), folder / name):  # the former left by a kill, see write_atomically
             if path.is_dir() and not path.is_symlink():
@@ -383,7 +383,7 @@ def _check(
     somewhere = accelerator.reduce(here, "sum").tolist()
     if not any(somewhere):
         return
-    cause = 0 if somewhere[0] else 1  # a loss that is no number spoils the gradients of all processes
+    cause = 0 if somewhere[0] else 1  # a loss that is NaN spoils the gradients of all processes
     accelerator.unscale_gradients(optimizer)
     norms = {name: gathered(gradient.norm()).item() for name, gradient in gradients.items()}
     largest = max(norms, key=lambda n: math.inf if math.isnan(norms[n]) else norms[n])
@@ -399,8 +399,9 @@ def _check(
         where = f"the state before it is in {target} (ilvae_fast.training.reproduce)"
     else:
         where = "another process saved the state before it"
+    bad = ("", "a gradient is NaN or infinite, ")[cause]
     raise Diverged(
-        f"step {step}: {('', 'a gradient is no number, ')[cause]}the loss is {losses.max().item():g} nats for a datum "
+        f"step {step}: {bad}the loss is {losses.max().item():g} nats per datum "
         f"(limit {config.loss_limit:g}); the largest gradient is that of {largest}, of norm {norms[largest]:g}; {where}"
     )
 
@@ -417,7 +418,7 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{os.fspath(path)}: is no state that a diverged run left ({error})") from error
+        raise ValueError(f"{os.fspath(path)}: is not a state that a diverged run left ({error})") from error
     model = VAE(VAEConfig.from_dict(saved["config"]))
     accept_constants(model)
     model.load_state_dict(saved["model"])

@@ -92,9 +92,11 @@ class Batches:
         self.process, self.num_processes = process, num_processes
         self.steps = len(x) // (batch_size * num_processes)
         if self.steps == 0:
-            raise ValueError(
-                f"batch_size: got {batch_size} in each of {num_processes} processes, wanted at most {len(x)}, the data"
-            )
+            most, each = f"{len(x)}, the number of training data", ""
+            if num_processes > 1:
+                each = f" for each of {num_processes} processes"
+                most = f"{len(x) // num_processes}: there are {len(x)} training data"
+            raise ValueError(f"batch_size: got {batch_size}{each}, wanted at most {most}")
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
         """The batches of epoch ``number`` from step ``start`` on."""

@@ -79,7 +79,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_bytes())
         assert all({"model", "L", "seed"} <= row.keys() for row in rows)
     except (ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(f"{path}: is no table of a sweep; remove it, and the same sweep writes it anew") from error
+        raise ValueError(
+            f"{path}: is not the table of a sweep; remove it, and the same sweep writes it anew"
+        ) from error
     return rows
 
 

@@ -45,7 +45,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
         ]
         [rows[0][name] for name in ("setting", "prior", "sigma", "L", "accuracy", "fisher", "fisher_lower_bound")]
     except (ValueError, TypeError, KeyError, IndexError, csv.Error) as error:
-        raise ValueError(f"{path}: is no table of the toy study; python examples/toy_collapse.py makes it") from error
+        raise ValueError(
+            f"{path}: is not the table of the toy study; python examples/toy_collapse.py makes it"
+        ) from error
     return rows
 
 

@@ -313,8 +313,8 @@ class VAE(ImportanceWeighted):
         try:
             state, ties = safetensors.load(content), _ties(content)
         except Exception as error:  # safetensors' own, which is no ValueError
-            state_of_file = "is damaged" if content else "is empty"
-            raise ValueError(f"{paths[1]}: {state_of_file}, no tensors ({error}); {cure}") from error
+            found = f"is damaged, not in the form of safetensors ({error})" if content else "is empty"
+            raise ValueError(f"{paths[1]}: {found}; {cure}") from error
         model = cls(config, encoder)
         for name, source in ties.items():
             if name not in state and source in state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
 
 from ilvae_fast import cli
@@ -440,6 +442,58 @@ def test_samples_have_the_shape_of_the_data(tmp_path, capsys, shape):
     pixel = samples[0].reshape(-1, height, width)[:, 0, -1]
     np.testing.assert_allclose(drawn[0, width * zoom - 1, :3], np.broadcast_to(pixel, 3), atol=1 / 255)
     assert "wanted .npz or .png" in run_command(capsys, "sample", str(folder), "--output", "x.jpg", status=2)
+
+
+def test_every_default_that_help_prints_can_be_given_back():
+    """Those of fields, in the text of an option or below them, and those of other options."""
+    walked = 0
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        required = [p.name for p in command.params if p.param_type_name == "argument"]
+        required += ["--output=x"] if name == "sweep" else []
+        fields = {}
+        for option in (p for p in command.params if p.param_type_name == "option"):
+            printed = re.search(r"Default: (.*)\.$", option.help or "")
+            default = printed[1] if printed else option.default if option.show_default else None
+            if default is None or option.is_flag:
+                continue
+            context = command.make_context(name, [*required, option.opts[0], str(default)], resilient_parsing=False)
+            given = context.params[option.name]
+            walked += 1
+            if printed:
+                fields[{"constant": "L"}.get(option.name, option.name)] = given
+            else:
+                assert given == option.default, (name, option.name)
+        assert replace(TrainConfig(), **fields) == TrainConfig(), name
+        if (command.epilog or "").startswith("Fields"):
+            assignments = command.epilog.partition("defaults: ")[2].split(", ")
+            assert [a.partition("=")[0] for a in assignments] == list(TrainConfig().to_dict())
+            for assignment in assignments:
+                changed = replace(TrainConfig(), epochs=77, L=0.5, output="x").updated([assignment])
+                field = assignment.partition("=")[0]
+                assert getattr(changed, field) == getattr(TrainConfig(), field), assignment
+    assert walked > 25
+
+
+def test_a_text_and_a_model_of_sequences_work_with_the_defaults(tmp_path, capsys):
+    poem = tmp_path / "poem.txt"
+    poem.write_text("the quick brown fox jumps over the lazy dog\npack my box with five dozen liquor jugs\n" * 80)
+    short = ["--epochs", "1", "--cpu", "--set", "num_importance_samples=2", "--set", "eval_limit=4"]
+    text = ["--data", f"text:{poem}", "--model", "il-lidsvae"]
+    run_command(capsys, "train", *text, *short, "--output", str(tmp_path / "run"))
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    tokens = config["likelihood_options"]["num_categories"]
+    assert config["autoregressive_hidden"] + config["latent_dim"] == tokens < 100
+    poem.write_text("abc\ncab\n" * 80)
+    assert run_command(capsys, "train", *text, *short, "--output", str(tmp_path / "few"), status=2) == (
+        "error: latent_dim: got 10 for 'il-lidsvae', wanted less than 5, the number of different tokens in "
+        f"text:{poem}\n"
+    )
+    assert not (tmp_path / "few" / "config.yaml").exists()
+
+
+def test_the_name_of_a_data_set_is_refused_as_such(capsys):
+    for command in ("train", "advise", "bench"):
+        assert "error: data: got 'digit', wanted one of " in run_command(capsys, command, "--data", "digit", status=2)
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:

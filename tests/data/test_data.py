@@ -365,7 +365,7 @@ def test_tokens_of_the_test_set_alone_are_unknown(tmp_path):
 def test_bad_text_is_refused(tmp_path):
     path = tmp_path / "poem.txt"
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ValueError, match="no text in UTF-8"):
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
         data.load(f"text:{path}")
     path.write_text("\n\n")
     with pytest.raises(ValueError, match="no line"):
@@ -473,7 +473,7 @@ def single_array() -> bytes:
 NO_ARCHIVES = {
     "nonsense": (b"PK\x03\x04 nonsense", "is damaged, or holds other things than arrays"),
     "empty": (b"", "is empty"),
-    "a table": (b"1.0,2.0\n3.0,4.0\n", "is no archive of arrays"),
+    "a table": (b"1.0,2.0\n3.0,4.0\n", "is not an archive of arrays"),
     "a single array": (single_array(), "is a single array, as numpy.save writes it"),
     "objects": (archive(x_train=np.array([{}, []], object)), "is damaged, or holds other things than arrays"),
 }

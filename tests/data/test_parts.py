@@ -76,7 +76,7 @@ def test_more_data_than_there_are_and_no_probabilities_are_refused(tmp_path):
         data.load("digits", limit=1400, validation=100)
     with pytest.raises(ValueError, match="limit, validation: got None and 1438"):
         data.load("digits", validation=1438)
-    with pytest.raises(ValueError, match=r"binarize: got 'dynamic' for data that are no values in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"binarize: got 'dynamic' for data that are not in \[0, 1\]"):
         data.load("toy", binarize="dynamic")
     with pytest.raises(ValueError, match="binarize: got 'fixed'"):
         data.load("synthetic_text", binarize="fixed")

@@ -131,7 +131,7 @@ def test_a_damaged_state_of_a_diverged_run_is_named(tmp_path):
     path = tmp_path / "process0.pt"
     for content in (b"", b"PK\x03\x04", pickle.dumps(print), torch_bytes({"x": 3})[:-50]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^{path}: is no state that a diverged run left"):
+        with pytest.raises(ValueError, match=rf"^{path}: is not a state that a diverged run left"):
             reproduce(path)
 
 
@@ -265,7 +265,7 @@ def refuse_with(number: int):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number):
     monkeypatch.setattr("fcntl.flock", refuse_with(number))
-    with pytest.warns(UserWarning, match=rf"{tmp_path}: no file can be locked there .*: make sure that one process"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: files cannot be locked there .*: make sure that only one"):
         assert train(small(tmp_path))
 
 

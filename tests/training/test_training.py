@@ -39,8 +39,12 @@ def test_batches_of_all_processes_partition_a_permutation():
 
 
 def test_data_that_fill_no_batch_are_refused():
-    with pytest.raises(ValueError, match="batch_size: got 12 in each of 2 processes, wanted at most 23"):
+    with pytest.raises(
+        ValueError, match=r"^batch_size: got 12 for each of 2 processes, wanted at most 11: there are 23 "
+    ):
         Batches(torch.zeros(23, 1), 12, 0, 0, 2)
+    with pytest.raises(ValueError, match=r"^batch_size: got 24, wanted at most 23, the number of training data$"):
+        Batches(torch.zeros(23, 1), 24, 0)
 
 
 # the loop
@@ -333,7 +337,7 @@ def test_a_sweep_can_be_restarted(tmp_path):
 @pytest.mark.parametrize("content", ["", '[{"model": "va', "{}3", "[3]", '{"a": 1}'])
 def test_a_damaged_table_of_a_sweep_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"^{tmp_path / 'sweep.json'}: is no table of a sweep; remove it"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'sweep.json'}: is not the table of a sweep; remove it"):
         sweep(small(tmp_path, epochs=1), [0.5], [0], tmp_path)
 
 
@@ -443,7 +447,7 @@ def test_a_nan_gradient_stops_training_before_it_spoils_the_weights(tmp_path, mo
 
     monkeypatch.setattr("ilvae_fast.training.loop.build_model", spoiled)
     with pytest.raises(
-        Diverged, match=r"step 2: a gradient is no number, the loss is \d.*encoder\.0\.weight, of norm nan"
+        Diverged, match=r"step 2: a gradient is NaN or infinite, the loss is \d.*encoder\.0\.weight, of norm nan"
     ):
         train(small(tmp_path))
     model, (output,) = reproduce(tmp_path / "diverged" / "process0.pt")

@@ -88,7 +88,7 @@ def test_fields_are_set_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("annealing={kind", "set: annealing={kind: is no YAML"),
+        ("annealing={kind", "set: annealing={kind: is not valid YAML"),
         ("epoch=3", r"field: got 'epoch'.*nearest: 'epochs'"),
         ("epochs", "set: got 'epochs', wanted FIELD=VALUE"),
         ("epochs.x=3", "epochs has no fields"),

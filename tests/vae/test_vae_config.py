@@ -86,7 +86,7 @@ def test_a_single_constant_stands_for_both_maps():
         ({"decoder_hidden": ((8,), (8, -1))}, ValueError, r"decoder_hidden\[1\]\[1\]: got -1"),
         ({"kl_weight": -1}, ValueError, "kl_weight: got -1"),
         ({"kl_weight": "1"}, TypeError, "kl_weight: got str"),
-        ({"decoder_options": {"nonneg": {"parameter": 1.0}}}, ValueError, "nonneg: got none called 'name'"),
+        ({"decoder_options": {"nonneg": {"parameter": 1.0}}}, ValueError, "nonneg: 'name' is missing"),
         ({"decoder_options": {"activation": {"name": "celu", "alpha": 1}}}, ValueError, "activation: got 'alpha'"),
         (
             {"decoder_options": {"activation": ["celu", {"name": "celu", "parameter": "1e-3"}]}},
@@ -127,7 +127,7 @@ def test_an_unknown_model_is_refused_with_the_nearest():
         ("vae", {"encoder": "conv"}, "data_shape: got None"),
         ("vae", {"encoder": "user"}, r"encoder: got 'user', wanted the module too.*6 outputs"),
         ("vae", {"encoder": "lstm"}, "encoder: got 'lstm' with likelihood 'gaussian'"),
-        ("svae", {"likelihood_options": {}}, "likelihood_options: got none called 'num_categories'"),
+        ("svae", {"likelihood_options": {}}, "likelihood_options: 'num_categories' is missing"),
         ("svae", {"encoder": "mlp"}, "encoder: got 'mlp' with a categorical likelihood"),
         ("lidsvae", {"autoregressive_hidden": 11}, "autoregressive_hidden: got 11 with latent_dim 3, wanted at most"),
     ],
