@@ -163,12 +163,15 @@ class Annealer:
             ``"kl_weight"``; each as :func:`as_schedule` takes it.
 
     Raises:
-        ValueError: an unknown name; a model without the tensor in question, or with a trained constant.
+        ValueError, TypeError: no mapping; an unknown name; a model without the tensor in question, or with a trained
+            constant.
     """
 
     def __init__(self, model: nn.Module, schedules: Mapping[str, Schedule | float | Mapping[str, Any]]) -> None:
         self.steps = torch.zeros((), dtype=torch.long)
         fillers = _fillers(model)
+        if not isinstance(schedules, Mapping):
+            raise TypeError(f"schedules: got {type(schedules).__name__}, wanted schedules by name")
         for name in schedules:
             if name not in ("L1", "L2", "kl_weight"):
                 raise unknown_name("schedules", name, ("L1", "L2", "kl_weight"))

@@ -115,6 +115,8 @@ def test_an_annealing_step_does_not_recompile():
 def test_schedules_without_a_target_are_refused():
     with pytest.raises(ValueError, match=r"schedules: got 'L', wanted one of L1, L2, kl_weight"):
         Annealer(model(), {"L": 1.0})
+    with pytest.raises(TypeError, match="schedules: got tuple, wanted schedules by name"):
+        Annealer(model(), ())
     with pytest.raises(ValueError, match="got 'L1' for a model without a BrenierDecoder"):
         Annealer(model(decoder="mlp", decoder_hidden=(3,)), {"L1": 1.0})
     with pytest.raises(ValueError, match="got 'kl_weight' for a model without a buffer"):

@@ -24,6 +24,18 @@ def check_number(argument: str, value: Any, *, least: float = 0, above: bool = F
         raise ValueError(f"{argument}: got {value!r}, wanted {wanted}")
 
 
+def check_tensor(argument: str, value: Any) -> None:
+    """Accept a tensor.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{argument}: got {type(value).__name__}, wanted a tensor; torch.as_tensor makes one of arrays and lists"
+        )
+
+
 def check_positive(argument: str, value: Any) -> int:
     """Return a positive integer as a Python int; integers of NumPy and torch are accepted.
 

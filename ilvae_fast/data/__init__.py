@@ -95,6 +95,8 @@ def is_file(name: str) -> bool:
 
 
 def _key(argument: str, name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: got {name!r}, wanted the name of a data set")
     kind, separator, path = name.partition(":")
     key = f"{kind}:FILE" if separator else name
     if key not in DATASETS or (separator and not path):

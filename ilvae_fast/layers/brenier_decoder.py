@@ -225,7 +225,7 @@ class BrenierDecoder(nn.Module):
         warn_of_other_constants({f"{prefix}{name}.inverse_lipschitz": m for name, m in maps.items()}, state_dict)
         metadata, strict, missing, unexpected, errors = rest
         theirs = state_dict.get(prefix + "_extra_state")
-        theirs = None if theirs is None else EMBEDDINGS[int(torch.as_tensor(theirs)[1])]
+        theirs = None if theirs is None else _embedding_of(theirs)
         if theirs is None and prefix + "latent_map.skip_weight" in state_dict:
             # a state of an earlier version, whose default was the identity; of the others it does not say which
             theirs = self.embedding if prefix + "raw_embedding" in state_dict else "identity"
@@ -322,6 +322,13 @@ class BrenierDecoder(nn.Module):
     def extra_repr(self) -> str:
         shape = "" if self.data_shape is None else f", data_shape={self.data_shape}"
         return f"{self.latent_dim}, {self.data_dim}, embedding={self.embedding}{shape}"
+
+
+def _embedding_of(state: Any) -> str:
+    """Return what :meth:`BrenierDecoder.get_extra_state` describes."""
+    numbers = torch.as_tensor(state).flatten().tolist()
+    known = dict(enumerate(EMBEDDINGS))
+    return known.get(numbers[1], "unknown") if len(numbers) == 2 else "unknown"
 
 
 def _whole(t: Tensor) -> Tensor:

@@ -322,10 +322,13 @@ class BrenierMap(WithConstant):
 
 def _described(state: Tensor) -> str:
     """Say in words what :meth:`BrenierMap.get_extra_state` describes."""
-    pairs = [(int(code), float(parameter)) for code, parameter in state[1:].reshape(-1, 2)]
-    (code, parameter), *activations = pairs
-    nonneg = of_code(code, parameter)
-    layers = decode(*zip(*activations, strict=True)).layers
+    try:
+        pairs = [(int(code), float(parameter)) for code, parameter in state[1:].reshape(-1, 2)]
+        (code, parameter), *activations = pairs
+        nonneg = of_code(code, parameter)
+        layers = decode(*zip(*activations, strict=True)).layers
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return "a function that this version does not know"
     return f"nonneg={nonneg}, activations=({', '.join(map(str, layers))})"
 
 

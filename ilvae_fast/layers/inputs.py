@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._support.checks import check_tensor
+
 
 def check_input(argument: str, value: Any, width: int | None, meaning: str, parameter: Tensor) -> None:
     """Accept a tensor (..., width) that fits the layer whose ``parameter`` is given.
@@ -19,10 +21,7 @@ def check_input(argument: str, value: Any, width: int | None, meaning: str, para
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{argument}: got {type(value).__name__}, wanted a tensor; torch.as_tensor makes one of arrays and lists"
-        )
+    check_tensor(argument, value)
     if value.layout is not torch.strided or value.is_nested:
         kind = "a nested" if value.is_nested else f"a {value.layout}"
         raise TypeError(

@@ -106,5 +106,5 @@ def as_nonnegative(value: str | NonNegative, argument: str = "nonneg") -> NonNeg
 
 def of_code(code: int, parameter: float) -> NonNegative:
     """Return the parametrisation of a code: the inverse of :attr:`NonNegative.code`."""
-    name = list(_TABLE)[code]
+    name = dict(enumerate(_TABLE))[code]
     return NonNegative(name, parameter if _TABLE[name].has_parameter else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._support.checks import check_tensor
 from .._support.extras import require
 
 
@@ -43,6 +44,8 @@ def clustering_majority(clusters: Tensor, labels: Tensor) -> float:
 
 def _counts(clusters: Tensor, labels: Tensor) -> Tensor:
     """How many data have each cluster and label: (clusters, classes)."""
+    check_tensor("clusters", clusters)
+    check_tensor("labels", labels)
     if clusters.shape != labels.shape or clusters.dim() != 1:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, wanted that of clusters, {tuple(clusters.shape)}")
     if len(labels) == 0:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._support.checks import check_tensor
 from . import backend
 from .activations import Activation, EncodedActivations, encode
 from .extension import without_operators
@@ -153,6 +154,7 @@ def _check_values(operands: Operands) -> None:
     for name, tensor in named.items():
         if tensor is None:
             continue
+        check_tensor(name, tensor)
         tensor = tensor.detach()
         check_finite(name, tensor)
         if (name.startswith("weights") or name == "inverse_lipschitz") and bool((tensor < 0).any()):
@@ -176,8 +178,10 @@ def prepare(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+    check_tensor("x", x)
+    check_tensor("skip_weight", skip_weight)
+    if not skip_weight.shape:
+        raise ValueError("skip_weight: got a tensor without dimensions, wanted (S+1, d)")
     code = 0 if route == "auto" else route_code(route)
     encoded = activations if isinstance(activations, EncodedActivations) else encode(activations)
     if isinstance(embedding, int):

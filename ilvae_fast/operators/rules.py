@@ -302,6 +302,8 @@ def _training_terms_backward(
 ) -> list[Tensor]:
     static = Static(decode(activations, parameters), flags(wanted, 5 + len(weights)), route)
     tensors = (map_cotangent, potential_cotangent, x, skip_weight, bias, inverse_lipschitz, embedding, *weights)
+    _check_bits("wanted", wanted, tensors[2:])
+    _check_second_order(tensors, len(weights), needed, cotangents, sum(static.wanted))
     call = static, tensors, flags(needed, len(tensors)), cotangents
     return _or_empty(_gradients_of_terms(*call) or plain.gradients(plain.training_terms, *call), x)
 
@@ -323,8 +325,28 @@ def _map_jvp_backward(
 ) -> list[Tensor]:
     static = Static(decode(activations, parameters), (), route)
     tensors = (tangent, x, skip_weight, bias, inverse_lipschitz, embedding, *weights)
+    _check_second_order(tensors, len(weights), needed, cotangents, 2)
     call = static, tensors, flags(needed, len(tensors)), cotangents
     return _or_empty(_gradients_of_jvp(*call) or plain.gradients(plain.map_jvp, *call), x)
+
+
+def _check_bits(name: str, bits: int, tensors: Sequence[Tensor | None]) -> None:
+    there = sum(1 << i for i, tensor in enumerate(tensors) if tensor is not None)
+    if bits < 0 or bits & ~there:
+        raise ValueError(f"{name}: got {bits}, wanted bits of the {len(tensors)} tensors that are there, {there:b}")
+
+
+def _check_second_order(
+    tensors: Sequence[Tensor | None], layers: int, needed: int, cotangents: Sequence[Tensor], count: int
+) -> None:
+    """Refuse calls that only a program makes that is not autograd's."""
+    x, skip_weight, *_ = tensors[-5 - layers :]
+    for name, tensor in (("x", x), ("skip_weight", skip_weight)):
+        if tensor is None or not tensor.shape:
+            raise ValueError(f"{name}: got a tensor without dimensions, wanted one with a last dimension")
+    _check_bits("needed", needed, tensors)
+    if len(cotangents) != count:
+        raise ValueError(f"cotangents: got {len(cotangents)}, wanted {count}, one for each result")
 
 
 def _or_empty(gradients: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:

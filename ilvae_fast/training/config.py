@@ -226,7 +226,9 @@ class TrainConfig:
             ValueError: no assignment, or an unknown field, with the nearest one.
         """
         fields = self.to_dict()
-        for assignment in assignments:
+        for assignment in [assignments] if isinstance(assignments, str) else assignments:
+            if not isinstance(assignment, str):
+                raise TypeError(f"set: got {assignment!r}, wanted FIELD=VALUE")
             name, separator, value = assignment.partition("=")
             if not separator:
                 raise ValueError(f"set: got {assignment!r}, wanted FIELD=VALUE")

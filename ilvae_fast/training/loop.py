@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -417,7 +416,9 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of damaged bytes torch raises errors of a dozen kinds
         raise ValueError(f"{os.fspath(path)}: is not a state that a diverged run left ({error})") from error
     model = VAE(VAEConfig.from_dict(saved["config"]))
     accept_constants(model)

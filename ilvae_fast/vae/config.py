@@ -280,12 +280,15 @@ class VAEConfig:
         What an earlier version wrote, all fields and no version, keeps the defaults of then.
 
         Raises:
-            ValueError: unknown name of a field, with the nearest one.
+            ValueError, TypeError: no mapping; unknown name of a field, with the nearest one.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"fields: got {type(fields).__name__}, wanted names with values")
         names = [f.name for f in dataclasses.fields(cls)]
         check_names("field", fields, [*names, "version"])
         given = {name: value for name, value in fields.items() if name != "version"}
-        if "version" not in fields and set(names) <= set(given) and given["decoder"] == "brenier":
+        early = "version" not in fields and set(names) <= set(given) and given["decoder"] == "brenier"
+        if early and isinstance(given["decoder_options"], Mapping):
             given["decoder_options"] = {**FIRST_OPTIONS, **given["decoder_options"]}
         return cls(**given)
 

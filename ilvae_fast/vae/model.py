@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._support.checks import check_positive
+from .._support.checks import check_positive, check_tensor
 from .._support.extras import require
 from .._support.files import read_json, write_atomically
 from .._support.options import build
@@ -115,6 +115,7 @@ class ImportanceWeighted(nn.Module):
         A lower bound of ``log p(x)`` in expectation that tightens with S (Burda et al., ICLR 2016, equation 8).
         """
         num_importance_samples = check_positive("num_importance_samples", num_importance_samples)
+        check_tensor("x", x)
         flat = self._flat(x)
         rows = max(1, flat.shape[:-1].numel())
         values = max(1, flat.numel() // rows * self.likelihood.parameters_per_value)
@@ -170,6 +171,7 @@ class VAE(ImportanceWeighted):
 
     def inference(self, x: Tensor) -> Posterior:
         """The approximate posterior q(z|x)."""
+        check_tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.config.data_dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (..., {self.config.data_dim})")
         encoded = self.encoder(x)
@@ -182,6 +184,7 @@ class VAE(ImportanceWeighted):
 
         x: the sequences (..., T) whose tokens an autoregressive decoder reads; other decoders do not ask for it.
         """
+        check_tensor("z", z)
         if z.dim() == 0 or z.shape[-1] != self.config.latent_dim:
             raise ValueError(f"z: got shape {tuple(z.shape)}, wanted (..., {self.config.latent_dim})")
         if not isinstance(self.decoder, AutoregressiveDecoder):

@@ -105,6 +105,11 @@ def test_unknown_names_and_bad_options_are_refused(name, options, message):
         data.load(name, **options)
 
 
+def test_a_name_that_is_no_text_is_refused():
+    with pytest.raises(TypeError, match="name: got 3, wanted the name of a data set"):
+        data.load(3)
+
+
 def test_options_of_a_data_set_that_has_none_are_refused():
     with pytest.raises(ValueError, match="option of digits: got 'sigma', wanted one of binarize, limit, valid"):
         data.load("digits", sigma=1.0)

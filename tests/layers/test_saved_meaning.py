@@ -53,6 +53,19 @@ def test_a_state_of_another_function_is_refused(options, named):
         il.BrenierMap(3, (4, 5), **options).load_state_dict(state, strict=False)
 
 
+@pytest.mark.parametrize(
+    "damaged", [[], [2.0], [2.0, -7.0, 0.0], [2.0, 1e30] * 4, [float("nan")] * 9, [[2.0]]], ids=str
+)
+def test_a_state_whose_function_cannot_be_told_is_refused(damaged):
+    layer, decoder = il.BrenierMap(3, (4, 5)), il.BrenierDecoder(2, 4, ((3,), (5,)))
+    for module in (layer, decoder):
+        state = {**module.state_dict(), "_extra_state": torch.tensor(damaged, dtype=torch.float64)}
+        with pytest.raises(
+            RuntimeError, match=r"a function that this version does not|the state has embedding='unknown'"
+        ):
+            module.load_state_dict(state)
+
+
 def test_a_state_without_a_version_needs_its_original_options():
     old = without_version(il.BrenierMap(3, (4, 5), **FIRST).state_dict())
     with pytest.raises(RuntimeError, match=r"Pass activation=\.\., nonneg=\.\."):

@@ -172,6 +172,10 @@ def test_the_majority_of_a_cluster_names_it():
 
 
 def test_bad_clusters_are_refused():
+    with pytest.raises(TypeError, match="clusters: got list, wanted a tensor"):
+        metrics.clustering_majority([0], torch.tensor([0]))
+    with pytest.raises(TypeError, match="labels: got list, wanted a tensor"):
+        metrics.clustering_accuracy(torch.tensor([0]), [0])
     with pytest.raises(ValueError, match="clusters: got -1"):
         metrics.clustering_majority(torch.tensor([-1]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"labels: got shape \(3,\)"):

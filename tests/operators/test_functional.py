@@ -329,6 +329,8 @@ GOOD = {"x": X, "skip_weight": SKIP, "bias": BIAS, "weights": WEIGHTS, "activati
         ({"x": X.long()}, ValueError, "x: got dtype Long"),
         ({"x": X.double()}, ValueError, "skip_weight: got dtype Float, wanted Double"),
         ({"x": X.to("meta")}, ValueError, "skip_weight: got device cpu, wanted meta"),
+        ({"skip_weight": None}, TypeError, "skip_weight: got NoneType, wanted a tensor"),
+        ({"skip_weight": torch.tensor(1.0)}, ValueError, "skip_weight: got a tensor without dimensions"),
         ({"skip_weight": SKIP[:9]}, ValueError, r"skip_weight: got shape \(9, 3\), wanted 10 rows"),
         ({"skip_weight": SKIP[None]}, ValueError, "skip_weight: got shape"),
         ({"bias": BIAS[:9]}, ValueError, r"bias: got shape \(9,\), wanted \(10,\)"),
@@ -360,6 +362,7 @@ GOOD = {"x": X, "skip_weight": SKIP, "bias": BIAS, "weights": WEIGHTS, "activati
         ({"embedding": 3, "x": torch.randn(7, 4)}, ValueError, r"x: got shape \(7, 4\), wanted at most 3 columns"),
         ({"embedding": 3, "x": torch.randn(7, 0)}, ValueError, "x: got shape"),
         ({"route": "fastest"}, ValueError, "route: got 'fastest'"),
+        ({"validate": True, "bias": 1.0}, TypeError, "bias: got float, wanted a tensor"),
         ({"validate": True, "bias": BIAS / 0}, ValueError, "bias: got 10 non-finite of 10 values"),
         ({"validate": True, "weights": [-WEIGHTS[0], WEIGHTS[1]]}, ValueError, r"weights\[0\]: got a smallest value"),
         (

@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ilvae_fast as il
 from cases import EMBEDDINGS, SMALL
 from ilvae_fast import functional
-from raw_operators import UTILITIES, Operands, map_jvp, potential_and_map, training_terms
+from raw_operators import (
+    UTILITIES,
+    Operands,
+    map_jvp,
+    map_jvp_backward,
+    potential_and_map,
+    training_terms,
+    training_terms_backward,
+)
 
 OPERATORS = {"potential_and_map": potential_and_map, "training_terms": training_terms, "map_jvp": map_jvp}
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -88,6 +96,40 @@ def test_training_terms_refuse_gradients_that_do_not_exist(wanted):
     tensors = SMALL.tensors(torch.float64)
     with pytest.raises(ValueError, match="wanted: got"):
         training_terms(Operands.of(tensors), map_cotangent=tensors.v, potential_cotangent=None, saved=[], wanted=wanted)
+
+
+SECOND_ORDER = {"training_terms_backward": training_terms_backward, "map_jvp_backward": map_jvp_backward}
+
+
+@pytest.mark.parametrize("name", SECOND_ORDER)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"needed": -1}, "needed: got -1, wanted bits of the"),
+        ({"needed": 1 << 40}, "needed: got 1099511627776"),
+        ({"needed": "the embedding"}, "needed: got"),  # there is none
+        ({"cotangents": []}, "cotangents: got 0, wanted"),
+        ({"x": torch.tensor(1.0, dtype=torch.float64)}, "x: got a tensor without dimensions"),
+        ({"skip_weight": torch.tensor(1.0, dtype=torch.float64)}, "skip_weight: got a tensor without dimensions"),
+        ({"wanted": 1 << 40}, "wanted: got 1099511627776"),
+    ],
+)
+def test_operators_of_second_order_refuse_what_autograd_never_asks(name, changes, words):
+    tensors = SMALL.tensors(torch.float64)
+    operands = Operands.of(tensors)
+    if name == "map_jvp_backward":
+        if "wanted" in changes:
+            return  # it has no such argument
+        own = {"cotangents": [tensors.v, tensors.v], "tangent": torch.randn_like(operands.x), "needed": 1}
+    else:
+        own = {"map_cotangent": tensors.v, "potential_cotangent": tensors.u, "wanted": 1, "needed": 1}
+        own["cotangents"] = [torch.ones_like(operands.x)]
+    operator = SECOND_ORDER[name]
+    assert operator(operands, **own)[0].shape == tensors.v.shape
+    if changes.get("needed") == "the embedding":
+        changes = {"needed": 1 << (6 if "wanted" in own else 5)}
+    with pytest.raises(ValueError, match=words):
+        operator(**{**operator.arguments(operands, **own), **changes})
 
 
 @pytest.mark.parametrize("codes", [[9, 3, 0], [-1, 3, 0], [0, 6, 0], [0, 3]], ids=str)

@@ -106,6 +106,12 @@ def test_bad_fields_are_refused(tmp_path, assignment, message):
         small(tmp_path).updated([assignment])
 
 
+def test_assignments_that_are_no_texts_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="set: got 3, wanted FIELD=VALUE"):
+        small(tmp_path).updated([3])
+    assert small(tmp_path).updated("epochs=3").epochs == 3
+
+
 @pytest.mark.parametrize("name", ["data", "model", "output", "data_options", "model_options", "annealing", "cpu"])
 def test_values_of_the_wrong_type_are_refused(tmp_path, name):
     with pytest.raises(TypeError, match=rf"{name}: got 3, wanted"):

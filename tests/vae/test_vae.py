@@ -138,6 +138,12 @@ def test_bad_inputs_are_refused_by_name():
         model(torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"z: got shape \(4, 2\), wanted \(\.\.\., 3\)"):
         model.decode(torch.zeros(4, 2))
+    with pytest.raises(TypeError, match=r"x: got ndarray, wanted a tensor; torch\.as_tensor makes one"):
+        model(torch.zeros(4, 7).numpy())
+    with pytest.raises(TypeError, match="x: got list, wanted a tensor"):
+        model.log_likelihood([[0.0] * 7])
+    with pytest.raises(TypeError, match="z: got NoneType, wanted a tensor"):
+        model.decode(None)
     with pytest.raises(ValueError, match="num_importance_samples: got 0"):
         model.log_likelihood(batch(4), 0)
 

@@ -106,6 +106,11 @@ def test_bad_fields_are_refused_by_name(fields, error, message):
         small(**{"decoder": "brenier", **fields})
 
 
+def test_fields_that_are_no_mapping_are_refused():
+    with pytest.raises(TypeError, match="fields: got list, wanted names with values"):
+        Config.from_dict([1])
+
+
 def test_an_unknown_model_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"name: got 'il-lid'.*nearest: 'il-lidvae'"):
         Config.named("il-lid", **SMALL)
