@@ -9,12 +9,15 @@ TORCH ?= torch>=2.11,<2.15
 PYTEST_OPTIONS ?=
 
 BIN := .venv/bin
+# names and versions of the extra docs: the site needs nothing else of this project
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 SOURCES := CMakeLists.txt $(wildcard cmake/*) setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
 
-.PHONY: help demo test lint format build wheel package lowest clean
+.PHONY: help demo test docs lint format build wheel package lowest clean
 help:
 	@echo "make demo    train VAE, LIDVAE and IL-LIDVAE on digits; report in runs/demo/report.html"
 	@echo "make test    all tests"
+	@echo "make docs    the documentation site, in build/site; needs no compiler"
 	@echo "make lint    format, lint and type checks        make format   apply formats"
 	@echo "make build   environment and extension alone     make clean    remove what was built"
 	@echo "make wheel   a wheel in dist/ for the torch of .venv, which it names and requires"
@@ -26,6 +29,10 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_OPTIONS)
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: build
 	$(BIN)/ruff check .
@@ -39,6 +46,10 @@ format: build
 	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 build: .venv/.built
+
+.venv/.docs: pyproject.toml .venv/.created
+	$(BIN)/python -m pip install --quiet $(DOCS)
+	@touch $@
 
 # setuptools would pack what an earlier wheel left in build/lib*, files that are gone included
 wheel: build
@@ -63,7 +74,7 @@ lowest: build
 	@touch $@
 
 .venv/.built: $(SOURCES) .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,interop]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,test,interop,docs]"
 	@touch $@
 
 clean:

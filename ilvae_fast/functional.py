@@ -21,7 +21,7 @@ everything else is in float32 and results have the autocast dtype, as those of `
 alone.
 
 Errors are raised before any work and name the argument: ValueError (shapes, dtypes, devices, values, names) and
-TypeError. Which derivatives exist under which transformation is in the support matrix of the README.
+TypeError. Which derivatives exist under which transformation is in ``docs/derivatives.md``.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+import pages
 from executor import COMPILER
 from ilvae_fast import __version__
 
@@ -30,11 +32,6 @@ def _files() -> list[Path]:
     """The files of the source tree, without what was built."""
     below = [file for folder in SOURCES for file in folder.rglob("*") if not SKIPPED & set(file.parts)]
     return [file for file in [*below, *ROOT.iterdir()] if file.is_file()]
-
-
-def _prose(page: str) -> str:
-    """A page without its blocks of code."""
-    return re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
 
 
 def _rows(page: str, first: str) -> list[list[str]]:
@@ -178,7 +175,7 @@ def test_the_map_of_the_code_is_that_of_the_tree():
 def test_files_that_a_page_names_exist(page):
     known = _files()
     names, paths = {file.name for file in known}, {str(file.relative_to(ROOT)) for file in known}
-    spans = re.findall(r"`([\w./-]+\.(?:h|cpp|cuh|cu|py|pyi|md|json|sh|in))`", _prose(page.read_text()))
+    spans = re.findall(r"`([\w./-]+\.(?:h|cpp|cuh|cu|py|pyi|md|json|sh|in))`", pages.prose(page))
     made = {"_build.json"}
     wrong = [span for span in spans if span not in (paths if "/" in span else names | made)]
     assert [span for span in wrong if not (page.parent / span).exists()] == []
@@ -206,27 +203,27 @@ def _anchor(heading: str) -> str:
 
 
 def _anchors(page: Path) -> set[str]:
-    return {_anchor(h) for h in re.findall(r"^#+ (.*)$", _prose(page.read_text()), re.MULTILINE)}
+    return {_anchor(h) for h in re.findall(r"^#+ (.*)$", pages.prose(page), re.MULTILINE)}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", _prose(page.read_text())):
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", pages.prose(page)):
         file, _, anchor = target.partition("#")
         destination = page.parent / file if file else page
         assert destination.exists(), target
         assert not anchor or anchor in _anchors(destination), target
 
 
-def test_every_derivative_of_the_readme_has_its_tests():
+def test_every_derivative_of_the_matrix_has_its_tests():
     page = _text("docs/derivatives.md")
-    heading = " | eager"  # an empty first cell
-    matrix, of_readme = (_table(text, heading) for text in (page, _text("README.md")))
-    assert [[re.sub(r"( \[\d+\])+$", "", cell) for cell in row] for row in matrix] == of_readme
+    matrix = _table(page, " | eager")  # an empty first cell
+    assert len(matrix) > 10
     for row in matrix:
-        assert all(re.search(r"\[\d+\]$", cell) for cell in row[1:] if cell), row
+        assert all(re.search(r"\[\d+(, \d+)*\]$", cell) for cell in row[1:] if cell), row
     tests = {number: re.findall("`([^`]+)`", cell) for number, cell in _table(page, " | test")}
-    assert set(re.findall(r"\[(\d+)\]", page)) == set(tests)
+    cited = re.findall(r"\[(\d+(?:, \d+)*)\]", page)
+    assert {number for numbers in cited for number in numbers.split(", ")} == set(tests)
     for file, name in tests.values():
         assert f"\ndef {name}(" in _text(file), name
 
@@ -288,6 +285,45 @@ def test_figures_of_the_cpu_are_in_the_results():
 
     errors = _result("accuracy")["errors"]["float32"]["map"]
     assert f"(`accuracy.json`): {errors['ours']:.1e} for ours, {errors['eager']:.1e} for eager autograd" in page
+
+
+def test_figures_of_performance_are_in_the_results():
+    page = _text("docs/performance.md").replace("→", "->")
+    rows = {}
+    for row in _result("cpu-avx512-full")["rows"]:
+        ours, eager, peer = (row["milliseconds"][k] for k in ("ours", "eager double backward", row["best_peer"]))
+        rows[row["row"]] = [f"{ours:.2f}", f"{eager:.2f}", f"{peer:.2f}", f"{eager / ours:.1f}", f"{row['ratio']:.2f}"]
+    assert {size: cells for size, *cells in _table(page, " size | ours | eager | best peer")} == rows
+
+    names = ("ours", "ours, recompute", "eager double backward")
+    kept = {row["row"]: [f"{row['bytes'][n]['kept'] / 1000:.0f}" for n in names] for row in _result("memory")["rows"]}
+    assert {size: cells for size, *cells in _table(page, " size | ours | ours, `recompute")} == kept
+
+    errors = _result("accuracy")["errors"]
+    for dtype, *cells in _table(page, " dtype | ours"):
+        assert cells == [f"{errors[dtype]['map'][who]:.1e}" for who in ("ours", "eager")]
+
+    names = ("by the map", "by autograd", "plain torch")
+    penalty = {
+        r["row"]: [f"{r['milliseconds'][n]:.2f}" for n in names] for r in _result("cpu-avx512-second-order")["penalty"]
+    }
+    assert {size: cells for size, *cells in _table(page, " size | by the map")} == penalty
+
+
+def test_figures_of_the_cure_are_in_the_results():
+    runs = json.loads(_text("results/cure/digits.json"))["runs"]
+    table = _table(_text("docs/cure.md"), " decoder | directions")
+    for kind, (_, *cells) in zip(("mlp", "brenier"), table, strict=True):
+        those = [run for run in runs if run["decoder"] == kind]
+
+        def mean(value, those=those):
+            return statistics.mean(map(value, those))
+
+        assert cells == [
+            f"{mean(lambda run: run['active_directions']):.1f} of 10",
+            f"{mean(lambda run: sum(run['kl_per_dimension'])):.2f}",
+            *(f"{mean(lambda run, name=name: run[name]):.2f}" for name in ("mutual_information", "gain", "nll")),
+        ]
 
 
 def test_figures_of_the_operators_are_in_the_results():

@@ -95,15 +95,9 @@ def test_lightning_trains_a_compiled_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("client", CLIENTS)
 def test_the_page_shows_what_the_examples_do_in_ten_lines(client):
-    page = (ROOT / "docs" / "drop-in.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("drop-in.md", "cure.md"))
     (diff,) = (d for d in re.findall(r"```diff\n(.*?)```", page, re.DOTALL) if f"examples/{client}.py" in d)
     added = [line[1:].strip() for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
     source = {line.strip() for line in (EXAMPLES / f"{client}.py").read_text().splitlines()}
     assert 0 < len(added) <= 10
     assert set(added) <= source
-
-
-def test_the_measures_on_the_page_run():
-    page = (ROOT / "docs" / "drop-in.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(source, {})
