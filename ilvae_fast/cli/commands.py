@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -531,6 +532,12 @@ def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | 
     return dataset
 
 
+def _in_a_thread(failure: Any) -> None:
+    """What tensorboard's thread cannot write it raises again where it is told to write."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point."""
     # torch's own forward mode says it once
@@ -538,6 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nothing writes to
     import torch
 
+    threading.excepthook = _in_a_thread
     try:
         app(args=arguments)
     finally:

@@ -130,7 +130,8 @@ def train(config: TrainConfig, progress: Progress | None = None, restart: bool =
         )
         raise KeyboardInterrupt(f"interrupted: the run in {folder} {start} the next time") from None
     finally:
-        for tracker in accelerator.trackers:  # not end_training, which would end the process group under the next run
+        # not end_training, which would end the process group under the next run
+        for tracker in (t for t in accelerator.trackers if hasattr(t, "writer")):  # else it could not be opened
             try:
                 tracker.finish()
             except OSError as error:
@@ -219,7 +220,8 @@ def _train(
         write_atomically(folder / "data.json", json.dumps(form, indent=2) + "\n")
     accelerator.wait_for_everyone()
     # steps that are done again are not to be shown twice
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": position.step + 1}})
+    with _tensorboard(folder):
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": position.step + 1}})
 
     steps = config.epochs * batches.steps
     clock = state.Clock(config.checkpoint_minutes)
@@ -241,7 +243,8 @@ def _train(
                     logged = {f"train/{k}": v for k, v in latest.items()} | {
                         f"schedule/{k}": v for k, v in annealer.values().items()
                     }
-                    _log(accelerator, folder, logged, position.step)
+                    with _tensorboard(folder):
+                        accelerator.log(logged, step=position.step)
                 due = clock.due(position.step_in_epoch == batches.steps)
                 due, interrupted = state.agreed(accelerator, due, interrupts.asked)
                 if due or interrupted or position.step % config.checkpoint_every == 0 or position.step == steps:
@@ -273,7 +276,8 @@ def _train(
         measures["best"] = {**position.best, **{name: v for name, v in measured.items() if name != "train_loss"}}
     try:
         shown = {f"test/{k}": v for k, v in measures.items() if isinstance(v, float)}
-        _log(accelerator, folder, shown, position.step)
+        with _tensorboard(folder):
+            accelerator.log(shown, step=position.step)
         if accelerator.is_main_process:
             write_atomically(finished, json.dumps(measures, indent=2, allow_nan=False) + "\n")
     except OSError as error:
@@ -282,10 +286,12 @@ def _train(
     return measures
 
 
-def _log(accelerator: Any, folder: Path, values: dict[str, float], step: int) -> None:
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[None]:
+    """Its errors do not say of which file they are."""
     try:
-        accelerator.log(values, step=step)
-    except OSError as error:  # tensorboard does not say of which file
+        yield
+    except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(folder / "tensorboard")) from error
 
 

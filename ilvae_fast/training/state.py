@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,9 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
     """Write all that ``accelerator`` knows to ``folder/step-..``; called by all processes, which wait for each other.
 
     The files are complete, and on the disk, before the folder has its name; older checkpoints go when it has.
+
+    Raises:
+        OSError: naming the folder; what was written of it is gone, and older checkpoints are as they were.
     """
     target, partial = folder / f"step-{step:09d}", folder / f".partial-{step:09d}"
     if accelerator.is_main_process:
@@ -204,14 +208,24 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(os.fspath(partial))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(os.fspath(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            contents = {os.fspath(path.relative_to(partial)): _summary(path) for path in files}
+            (partial / _CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
+    except Exception as error:
+        if not _is_of_writing(error):
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number, f"the checkpoint was not written, {free:.3g} MiB are free ({reason})", target) from error
     if accelerator.is_main_process:
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        contents = {os.fspath(path.relative_to(partial)): _summary(path) for path in files}
-        (partial / _CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
         os.replace(partial, target)
         sync(folder)
         for old in sorted(folder.glob("step-*"))[:-KEPT]:
@@ -219,6 +233,13 @@ def save(accelerator: Any, folder: Path, step: int) -> None:
             os.replace(old, hidden)
             shutil.rmtree(hidden)
     accelerator.wait_for_everyone()
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether a file could not be written, for which torch and safetensors have errors of their own."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    by = (type(error).__module__.partition(".")[0], frame.f_globals.get("__name__"))
+    return isinstance(error, OSError) or "safetensors" in by or "torch.serialization" in by
 
 
 def check(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -255,6 +256,29 @@ def test_epochs_may_be_raised(tmp_path):
     for fields, change in (({"epochs": 2}, "epochs was 3, is 2"), ({"epochs": 4, "seed": 1}, "seed was 0, is 1")):
         with pytest.raises(ValueError, match=f"output: .* holds another run: {change}"):
             train(replace(more, **fields))
+
+
+@pytest.mark.parametrize("most", [1500, 9000])
+def test_a_checkpoint_that_cannot_be_written_is_named_and_gone(tmp_path, most):
+    """Files may have so many bytes; torch and safetensors have errors of their own for that."""
+    config = small(tmp_path, checkpoint_every=4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step, steps, values):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+
+    try:
+        with pytest.raises(
+            OSError, match=rf"checkpoint was not written, .* MiB are free .*'{tmp_path}/checkpoints/step-"
+        ):
+            train(config, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000004"]
+    steps = []
+    train(config, lambda step, *_: steps.append(step))
+    assert steps[0] == 5
 
 
 def refuse_with(number: int):

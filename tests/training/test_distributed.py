@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from accelerate.utils import DistributedType
 
 from ilvae_fast.training import reproduce, train
 from ilvae_fast.training.distributed import shard_options
+from ilvae_fast.training.state import check, latest
 from ilvae_fast.vae import VAE, DiagonalGaussian
 from training_cases import state_of
 from two_processes import config, same_noise
@@ -167,3 +171,35 @@ def test_plug_ins_with_other_options_are_refused(field, message):
     state = SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     with pytest.raises(ValueError, match=message):
         shard_options(SimpleNamespace(state=state))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_of_all_processes(tmp_path):
+    """The terminal sends SIGINT to torchrun and to its processes, to which torchrun passes it on once more."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = ["--data", "toy", "--latent-dim", "2", "--epochs", "100000", "--cpu", "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "stderr", "w") as errors:
+        process = subprocess.Popen(
+            [*command, "-m", "ilvae_fast", "train", *given], env=environment, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (first := latest(tmp_path / "run" / "checkpoints")):
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    newest = latest(tmp_path / "run" / "checkpoints")
+    assert newest.name > first.name
+    assert len(list(newest.glob("random_states_*"))) == 2
+    check(newest)
+    printed = (tmp_path / "stderr").read_text()
+    assert (
+        f"interrupted: the run in {tmp_path / 'run'} goes on from step {int(newest.name[5:])} the next time" in printed
+    )
