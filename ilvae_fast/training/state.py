@@ -243,7 +243,9 @@ def _is_of_writing(error: Exception) -> bool:
 
 
 def check(checkpoint: Path) -> None:
-    """All files are as :func:`save` wrote them; accelerate would skip random states that it cannot read.
+    """All files are as :func:`save` wrote them, and those of our own objects hold data alone.
+
+    accelerate would skip random states that it cannot read, and run what is in a pickle of our objects.
 
     Raises:
         ValueError: naming a file that is not.
@@ -256,6 +258,11 @@ def check(checkpoint: Path) -> None:
         damaged = _CONTENTS
     if listed.is_file() and damaged is None and not contents:
         damaged = _CONTENTS
+    for path in () if damaged else sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # of damaged bytes torch raises errors of a dozen kinds
+            damaged = path.name
     if damaged is not None:
         raise ValueError(
             f"output: {checkpoint / damaged} is not as it was written; remove {checkpoint} to go on from the one "
