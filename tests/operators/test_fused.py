@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 import ilvae_fast as il
-from cases import Case
+from cases import Case, Tensors
 from comparison import assert_equal_to_rounding
 from ilvae_fast import functional, reference
 
@@ -115,6 +117,32 @@ def test_the_same_bits_for_any_number_of_threads_where_algorithms_must_be_determ
         for result in results[1:]:
             for name, value in results[0].items():
                 assert torch.equal(result[name], value), (dtype, name)
+
+
+@pytest.mark.parametrize("route", ["fused", "matmul"])
+@pytest.mark.parametrize("must_be_deterministic", [False, True])
+def test_sixteen_python_threads_at_once_get_the_bits_of_one(route, must_be_deterministic):
+    """They share the operands and torch's threads; what a call keeps from one to the next is of its thread."""
+    shapes = SHAPES[2:5]
+    problems = [replace(_case(*shape), route=route).tensors(torch.float32).requires_grad() for shape in shapes]
+
+    def results(tensors: Tensors) -> list[torch.Tensor]:
+        x, *rest = tensors.positional()
+        jvp = functional.brenier_map_jvp(x, x.cos(), *rest, **tensors.options())[1]
+        return [*tensors.outputs(), *tensors.gradients(functional, True, True).values(), jvp]
+
+    start = threading.Barrier(16)
+
+    def work(k: int) -> list[bool]:
+        torch.set_num_threads(2)  # of new Python threads
+        start.wait()
+        pairs = [(results(problems[(k + i) % 3]), expected[(k + i) % 3]) for i in range(6)]
+        return [torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)]
+
+    with threads(2), deterministic() if must_be_deterministic else nullcontext():
+        expected = [results(tensors) for tensors in problems]
+        with ThreadPoolExecutor(16) as pool:
+            assert all(all(same) for same in pool.map(work, range(16)))
 
 
 def test_deterministic_gradients_equal_the_reference():
