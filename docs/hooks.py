@@ -42,8 +42,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What a fence says besides its language, such as the file of a change, becomes the title of the block."""
-    return re.sub(r"^( *```\w+) ([^\n\"=`]+)$", r'\1 title="\2"', markdown, flags=re.MULTILINE)
+    """Where GitHub and Python-Markdown differ.
+
+    What a fence says besides its language, such as the file of a change, becomes the title of the block. A bar in the
+    code of a table needs a backslash there, and keeps it here.
+    """
+    markdown = re.sub(r"^( *```\w+) ([^\n\"=`]+)$", r'\1 title="\2"', markdown, flags=re.MULTILINE)
+    rows = re.compile(r"^\|.*\|$", re.MULTILINE)
+    return rows.sub(lambda row: re.sub(r"`[^`]+`", lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
 
 
 def on_page_content(html: str, page: Any, config: MkDocsConfig, files: Files) -> str:
@@ -73,7 +79,8 @@ class Roles(griffe.Extension):
 
     def _link(self, obj: griffe.Object, name: str, documented: set[str]) -> str:
         try:
-            path = obj.modules_collection[obj.resolve(name)].canonical_path
+            full = name if name.startswith("ilvae_fast.") else obj.resolve(name)
+            path = obj.modules_collection[full].canonical_path
         except (griffe.NameResolutionError, KeyError):  # of another package, or private
             return f"`{name}`"
         owner, _, _ = path.rpartition(".")

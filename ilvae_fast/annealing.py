@@ -1,10 +1,11 @@
 """Schedules for the inverse-Lipschitz constants and the KL weight of a model, written into its tensors in place.
 
-annealer = Annealer(model, {"L1": Linear(start=2.0, end=1.0, steps=1000), "kl_weight": Cyclical(0.0, 1.0, period=500)})
-for x in batches:
-    ...
-    optimizer.step()
-    annealer.step()
+    schedules = {"L1": Linear(start=2.0, end=1.0, steps=1000), "kl_weight": Cyclical(0.0, 1.0, period=500)}
+    annealer = Annealer(model, schedules)
+    for x in batches:
+        ...
+        optimizer.step()
+        annealer.step()
 
 The idea of annealing L: start high, so that the latent is used, and relax to the target. A value is a function of the
 number of steps alone and fills a tensor that is there already: nothing is compiled anew, all processes of a distributed

@@ -2,18 +2,19 @@
 
 Arguments common to all functions:
 
-    x (..., d), or (..., m) with an embedding: float64, float32, bfloat16 or, on GPUs, float16; any strides, any leading
-        shape, also empty
-    skip_weight (S+1, d), bias (S+1,): the skip terms of all layers, S = n_1 + .. + n_K; the last row is the output's
-    weights: the effective, non-negative [W_2 (n_2, n_1), .., W_K (n_K, n_{K-1}), w (1, n_K)]
-    activations: K + 1 names or :class:`ilvae_fast.Activation`, the output's last
-    inverse_lipschitz: L >= 0, a float or a tensor with one element in float32 or float64. A float is checked; a tensor
-        is never read back to the host.
-    embedding: None; an int D, the first m of D coordinates (B the padded identity, never formed); or B (D, m)
-    route: "auto", "matmul" or "fused" (see :func:`ilvae_fast.plan`)
-    recompute: whether the backward pass recomputes pre-activations and adjoints instead of reading what the forward
-        pass saved; None: as :func:`ilvae_fast.plan` says
-    validate: also check that all values are finite and weights and L non-negative, which reads them back to the host
+- ``x`` (..., d), or (..., m) with an embedding: float64, float32, bfloat16 or, on GPUs, float16; any strides, any
+  leading shape, also empty
+- ``skip_weight`` (S+1, d), ``bias`` (S+1,): the skip terms of all layers, S = n_1 + .. + n_K; the last row is that of
+  the output
+- ``weights``: the effective, non-negative [W_2 (n_2, n_1), .., W_K (n_K, n_{K-1}), w (1, n_K)]
+- ``activations``: K + 1 names or :class:`ilvae_fast.Activation`, the output's last
+- ``inverse_lipschitz``: L >= 0, a float or a tensor with one element in float32 or float64. A float is checked; a
+  tensor is never read back to the host
+- ``embedding``: None; an int D, the first m of D coordinates (B the padded identity, never formed); or B (D, m)
+- ``route``: "auto", "matmul" or "fused" (see :func:`ilvae_fast.plan`)
+- ``recompute``: whether the backward pass recomputes pre-activations and adjoints instead of reading what the forward
+  pass saved; None: as :func:`ilvae_fast.plan` says
+- ``validate``: also check that all values are finite and weights and L non-negative, which reads them back to the host
 
 Tensors share one dtype (but L) and one device. Results have the dtype of ``x``; for bfloat16 all arithmetic between
 the matrix products is in float32. Under ``torch.autocast`` matrix products take operands in the autocast dtype,

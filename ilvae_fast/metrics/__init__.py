@@ -2,14 +2,14 @@
 
 Arguments common to all functions:
 
-    model: a :class:`ilvae_fast.vae.VAE`, a model from elsewhere by :func:`adapt`, or any object with those of the
-        parts that the function names
-    data: (N, D), or an iterable of batches (n, D), where a tuple or list stands for its first entry; on the model's
-        device and in its dtype. For an adapted model (N, ...), as its encoder takes them
-    batch_size: how many data of a tensor go at once
-    generator: of the samples; by default torch's own
-    reduce: for data that are spread over processes: sums a float64 tensor over all of them (of each call's result
-        every process has the same then), such as ``lambda t: accelerator.reduce(t, "sum")``
+- ``model``: a :class:`ilvae_fast.vae.VAE`, a model from elsewhere by :func:`adapt`, or any object with those of the
+  parts that the function names
+- ``data``: (N, D), or an iterable of batches (n, D), where a tuple or list stands for its first entry; on the model's
+  device and in its dtype. For an adapted model (N, ...), as its encoder takes them
+- ``batch_size``: how many data of a tensor go at once
+- ``generator``: of the samples; by default torch's own
+- ``reduce``: for data that are spread over processes: sums a float64 tensor over all of them (of each call's result
+  every process has the same then), such as ``lambda t: accelerator.reduce(t, "sum")``
 
 Units are nats. Errors name the argument: ValueError for data without a datum, TypeError.
 """

@@ -18,7 +18,7 @@ def adapt(
     likelihood: str | Likelihood,
     prior: str | Prior | None = None,
 ) -> AdaptedModel:
-    """A model of your own, by its parts, on which all of :mod:`ilvae_fast.metrics` works::
+    """A model of your own, by its parts, on which all of :mod:`ilvae_fast.metrics` works.
 
         model = il.metrics.adapt(encoder=mine.encode, decoder=mine.decode, likelihood=il.vae.Gaussian(0.5))
         print(il.metrics.gain(model, images, train_images))

@@ -52,7 +52,7 @@ def relative_fisher(
     difference is ``grad_z log p(x|z) = J_f(z)^T s`` with the likelihood's score ``s = d log p(x|z) / d f``. For a
     decoder that is L-inverse Lipschitz no singular value of J_f is below L, so the divergence is at least
 
-        ``L^2 E |Pi s|^2``,   Pi(z): the projection on the range of J_f(z)
+        L^2 E |Pi s|^2,   Pi(z): the projection on the range of J_f(z)
 
     where s is ``t(x) - grad Lambda(f)`` for an exponential family with natural parameter f, and ``(x - f) / sigma^2``,
     hence the bound ``L^2 / sigma^4 E |Pi (x - f)|^2``, for a Gaussian of fixed variance with mean f.  Without Pi it
@@ -61,10 +61,10 @@ def relative_fisher(
 
     Two more bounds, both above that one and below the divergence, say where it is loose:
 
-        ``local_bound``: ``E sigma_min(J_f(z))^2 |Pi s|^2``, for any decoder. The steepness is that where the posterior
-        is; the rest of the divergence is due to scores that do not point along the flattest direction.
-        ``cotangent_bound``: ``E L1^2 |B^T J2 s|^2``, J2 the Jacobian of a Brenier decoder's second map, certified by
-        the first map's constant alone (:meth:`ilvae_fast.BrenierDecoder.cotangent_bound`).
+    - ``local_bound``: ``E sigma_min(J_f(z))^2 |Pi s|^2``, for any decoder. The steepness is that where the posterior
+      is; the rest of the divergence is due to scores that do not point along the flattest direction.
+    - ``cotangent_bound``: ``E L1^2 |B^T J2 s|^2``, J2 the Jacobian of a Brenier decoder's second map, certified by
+      the first map's constant alone (:meth:`ilvae_fast.BrenierDecoder.cotangent_bound`).
 
     The true posterior is sampled by self-normalised importance weights from q(z|x), the same for divergence and bound,
     which therefore are ordered sample by sample, not in expectation alone. A mean effective sample size ``1 / sum w^2``

@@ -1,7 +1,7 @@
 """Training on one core or many devices, built on Hugging Face accelerate; nothing in the models needs it.
 
-config = TrainConfig(data="mnist", model="il-lidvae", L=1.0, epochs=2)
-measures = train(config)               # the command line's ``ilvae-fast train``
+    config = TrainConfig(data="mnist", model="il-lidvae", L=1.0, epochs=2)
+    measures = train(config)               # the command line's ilvae-fast train
 
 ``config.py`` what a run is; ``loop.py`` the loop; ``state.py`` what a checkpoint holds and how it is written;
 ``evaluation.py`` the measures of a trained model; ``sweep.py`` grids of runs;
