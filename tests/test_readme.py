@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ilvae_fast.annealing import SCHEDULES
+from ilvae_fast.cli import COLUMNS
 from ilvae_fast.data import DATASETS
 from ilvae_fast.vae import CONFIGURATIONS, LIKELIHOODS
 from pages import ROOT, blocks
@@ -75,3 +76,10 @@ def test_the_tables_of_models_and_datasets_are_complete():
     page = "\n".join((DOCS / f"{page}.md").read_text() for page in ("models", "likelihoods", "annealing"))
     for name in (*CONFIGURATIONS, *DATASETS, *LIKELIHOODS, *SCHEDULES):
         assert f"`{name}`" in page, name
+
+
+def test_the_metrics_page_defines_the_columns_of_the_table():
+    page = (DOCS / "metrics.md").read_text()
+    assert re.findall(r"^\| ([\w -]+?) \| [^|]+ \| .+ \|$", page, re.MULTILINE)[1:] == [
+        heading for heading, _ in COLUMNS
+    ]
