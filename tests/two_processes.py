@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ilvae_fast import BrenierDecoder, Trained, data, metrics
+from ilvae_fast import BrenierDecoder, BrenierMap, Trained, data, metrics
 from ilvae_fast._support import files as _files
+from ilvae_fast.operators import dispatch
 from ilvae_fast.training import (
     Diverged,
     TrainConfig,
@@ -144,6 +147,49 @@ def methods_of_hand_sharded_parts(alone: BrenierDecoder, spread: BrenierDecoder)
         assert_equal(p.grad.full_tensor(), q.grad)  # the mean over processes, which have the same z
 
 
+def dtensors(folder: Path) -> None:
+    """Layers whose batch is spread over the processes: values, derivatives and gradients of the whole batch."""
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.randn(9, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # 5 rows and 4
+    layers = (
+        lambda: BrenierMap(3, (6, 5), nonneg="softplus"),
+        lambda: BrenierMap(3, (6,), inverse_lipschitz=Trained(1.0)),
+        lambda: BrenierDecoder(3, 7, ((6,), (8,))),
+    )
+    for make in layers:
+        torch.manual_seed(0)
+        layer = make().double()
+        y = layer(x)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters()}
+        _, along = layer.jvp(x, x)
+        layer.zero_grad(set_to_none=True)
+        distribute_module(layer, mesh)
+        for placement in (Shard(0), Replicate(), Shard(1)):
+            rows = distribute_tensor(x, mesh, [placement]).requires_grad_()
+            spread = layer(rows)
+            assert spread.placements == ((Shard(0),) if placement == Shard(0) else (Replicate(),))
+            assert_equal(spread.full_tensor().detach(), y.detach())
+            spread.square().sum().backward()
+            for name, parameter in layer.named_parameters():
+                assert_equal(parameter.grad.full_tensor(), gradients[name])
+            layer.zero_grad(set_to_none=True)
+            assert_equal(layer.jvp(rows, rows)[1].full_tensor().detach(), along.detach())
+            if isinstance(layer, BrenierMap):
+                operands = layer.operands(rows.detach())
+                of_x, of_skip_weight, *_ = dispatch.training_terms(operands, rows.detach(), None, 0b11)
+                value = (layer(rows) * rows.detach()).sum()
+                expected = torch.autograd.grad(value, (rows, layer.skip_weight))
+                for ours, theirs in zip((of_x, of_skip_weight), expected, strict=True):
+                    assert_equal(ours.full_tensor().detach(), theirs.full_tensor())
+    plain = BrenierMap(3, (6,)).double()
+    with pytest.raises(TypeError, match=r"skip_weight: got a plain tensor that requires a gradient.*distribute_module"):
+        plain(distribute_tensor(x, mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match="tangent: got a plain tensor, wanted a DTensor"):
+        distribute_module(plain, mesh).jvp(distribute_tensor(x, mesh, [Shard(0)]), x)
+    (folder / f"dtensors{RANK}").write_text("equal")
+
+
 def measures(folder: Path) -> None:
     """Measures reduced over processes are those of all data."""
     same_noise()
@@ -246,6 +292,7 @@ if __name__ == "__main__":
         run(folder)  # accelerate starts the process group
         gradients(folder)
         measures(folder)
+        dtensors(folder)
         dist.destroy_process_group()
     elif sys.argv[1] == "sharded":
         sharded(folder)

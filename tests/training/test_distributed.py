@@ -54,6 +54,11 @@ def test_gradients_are_those_of_one_process_with_ddp_and_fsdp2(together):
 
 
 @pytest.mark.slow
+def test_layers_take_a_batch_that_is_spread_over_the_processes(together):
+    assert [(together / f"dtensors{rank}").read_text() for rank in (0, 1)] == ["equal"] * 2
+
+
+@pytest.mark.slow
 def test_measures_are_reduced(together):
     assert [(together / f"measures{rank}").read_text() for rank in (0, 1)] == ["equal"] * 2
 
