@@ -72,7 +72,9 @@ class Roles(griffe.Extension):
 
     def _walk(self, obj: griffe.Object, documented: set[str]) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = self._ROLE.sub(lambda m: self._link(obj, m[1], documented), obj.docstring.value)
+            text = self._ROLE.sub(lambda m: self._link(obj, m[1], documented), obj.docstring.value)
+            # outside of code (*S, n) is a shape, and no emphasis
+            obj.docstring.value = re.sub(r"(`+[^`]+`+)|\(\*", lambda m: m[1] or r"(\*", text)
         for member in obj.members.values():
             if not member.is_alias:
                 self._walk(member, documented)

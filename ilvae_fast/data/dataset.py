@@ -16,11 +16,20 @@ _P = ParamSpec("_P")
 class Dataset(NamedTuple):
     """Data split into training and test part, and a validation part if one was asked for.
 
-    train, test, validation: (N, D), float32 values, or int64 tokens where ``num_categories`` is set (-1: no token, for
-    sequences shorter than D). train_labels, test_labels, validation_labels: (N,) int64, or None. shape: of one datum
-    before it was flattened to D values, such as (height, width). num_categories: how many tokens there are. vocabulary:
-    the tokens as people read them, joined by ``separator``. dynamic: the training data are probabilities, from which
-    each batch draws its zeros and ones anew (:func:`drawn`).
+    Attributes:
+        train: (N, D), float32 values, or int64 tokens where ``num_categories`` is set (-1: no token, for sequences
+            shorter than D).
+        test: the same.
+        train_labels: (N,) int64, or None.
+        test_labels: the same.
+        shape: of one datum before it was flattened to D values, such as (height, width).
+        num_categories: how many tokens there are.
+        vocabulary: the tokens as people read them, joined by ``separator``.
+        separator: between tokens.
+        validation: as ``train``, or None.
+        validation_labels: as ``train_labels``.
+        dynamic: the training data are probabilities, from which each batch draws its zeros and ones anew
+            (:func:`drawn`).
     """
 
     train: Tensor

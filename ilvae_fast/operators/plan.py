@@ -29,10 +29,15 @@ def route_code(route: str) -> int:
 class Plan:
     """What a map of some shape costs. Printing it gives a small table.
 
-    route: ``"matmul"`` or ``"fused"``, and the reason for it. recompute: whether the backward pass recomputes instead
-    of reading what the forward pass saved. map_flops, training_flops: of the matrix products of the map and of the
-    training terms, a multiply-add counted as two. map_bytes, training_bytes: inputs and parameters read once, results
-    written once. saved_bytes: kept from forward to backward besides inputs and parameters.
+    Attributes:
+        route: ``"matmul"`` or ``"fused"``.
+        reason: for the route.
+        recompute: whether the backward pass recomputes instead of reading what the forward pass saved.
+        map_flops: of the matrix products of the map, a multiply-add counted as two.
+        training_flops: of those of the training terms.
+        saved_bytes: kept from forward to backward besides inputs and parameters.
+        map_bytes: inputs and parameters read once, results written once.
+        training_bytes: the same of the training terms.
     """
 
     route: str

@@ -126,6 +126,7 @@ def test_docstrings_are_markdown(site):
     for file in (site / "docs" / "api").glob("*.html"):
         text = file.read_text()
         assert [code for code in re.findall(r"<pre.*?</pre>", text, re.DOTALL) if "`" in code] == [], file.name
+        assert [shape for shape in re.findall(r"<em>(.*?)</em>", text) if "," in shape] == [], file.name
         assert re.findall(r":(?:class|func|meth|mod|attr|data|exc):|\]\[ilvae_fast", text) == [], file.name
 
 
