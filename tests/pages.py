@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,10 @@ def prose(page: Path) -> str:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands of a page's blocks for the shell as their words, without comments and with lines joined."""
+    """The commands of a page's blocks for the shell as their words, without comments and with lines joined.
+
+    Variables that are set for one command are left out.
+    """
     lines = "".join(block.source for block in blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    parsed = (shlex.split(line, comments=True) for line in lines)
+    return [list(dropwhile(re.compile(r"[A-Z_]+=").match, words)) for words in parsed if words]

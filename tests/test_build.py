@@ -92,6 +92,32 @@ def test_auto_with_nvcc_builds_with_cuda(tmp_path):
     assert json.loads((tmp_path / "_build.json").read_text())["without_cuda"] == ""
 
 
+@slow
+@pytest.mark.parametrize("taken", [["-Xclang", "-fopenmp"], []], ids=["Apple's", "none"])
+def test_a_compiler_without_the_flag_of_openmp_builds(tmp_path, taken):
+    """g++ plays Apple's compiler, which takes -fopenmp behind -Xclang alone, or one that does not know it."""
+    compiler = tmp_path / "compiler"
+    refuse = 'echo "error: unsupported option $argument" >&2; exit 1'
+    hidden = '"$last" = -Xclang' if taken else "1 = 0"
+    compiler.write_text(
+        "#!/bin/sh\nlast=\nfor argument do\n  shift\n"
+        f'  if [ "$argument" = -fopenmp ]; then [ {hidden} ] || {{ {refuse}; }}; fi\n'
+        f'  if [ "$argument" = -Xclang ] && ! {str(bool(taken)).lower()}; then {refuse}; fi\n'
+        '  [ "$argument" = -Xclang ] || set -- "$@" "$argument"\n  last="$argument"\ndone\nexec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(compiler))
+        result = _configure(tmp_path / "build", "off", with_nvcc=False)
+    assert result.returncode == 0, result.stderr
+    assert ("calls will have one thread each" in result.stdout) == (not taken)
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    for command in commands:
+        words = command["command"].split()
+        threaded = Path(command["file"]).name in ("fused.cpp", "pointwise.cpp")
+        assert [w for w in words if w in ("-Xclang", "-fopenmp")] == (taken if threaded else [])
+
+
 # nvcc, played by a shell script
 
 
