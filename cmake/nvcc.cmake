@@ -11,7 +11,8 @@ function(find_nvcc torch_version torch_cuda_version compiler_out trouble_out)
   elseif(DEFINED ENV{CUDACXX})
     set(nvcc "$ENV{CUDACXX}")
   else()
-    find_program(nvcc nvcc HINTS ENV CUDAToolkit_ROOT ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin NO_CACHE)
+    find_program(nvcc nvcc HINTS ENV CUDAToolkit_ROOT ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin
+      NO_CMAKE_SYSTEM_PATH NO_CACHE)  # an nvcc that is not on PATH has not been chosen
   endif()
   if(NOT nvcc)
     set(${trouble_out} "no nvcc was found (put it on PATH, or set CUDACXX)" PARENT_SCOPE)
