@@ -312,6 +312,7 @@ def test_a_wheel_names_and_requires_its_torch(tmp_path):
     assert any(r.startswith("numpy") for r in required)
 
 
+@slow
 @pytest.mark.skipif(not torch.version.cuda, reason="needs a CUDA build of torch")
 def test_a_wheel_for_a_torch_with_cuda_has_cuda_kernels_or_fails(tmp_path):
     version, _ = _metadata(tmp_path, ILVAE_FAST_PIN_TORCH="1")
