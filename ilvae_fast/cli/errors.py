@@ -35,7 +35,7 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+            print(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:

@@ -525,6 +525,14 @@ def test_ctrl_c_saves_says_so_and_exits_130(tmp_path, capsys):
     assert "Traceback" not in printed
 
 
+def test_ctrl_c_says_so_wherever_it_comes(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ilvae_fast.operators.extension.build_info", interrupted)
+    assert run_command(capsys, "info", status=130) == "\ninterrupted\n"
+
+
 def test_a_bug_is_not_dressed_as_an_error_of_the_user(capsys, monkeypatch):
     def none_plus_one():
         return None + 1
