@@ -106,6 +106,30 @@ def test_no_imports_go_in_a_circle():
     assert circles(arrows(PACKAGE)) == []
 
 
+def posix_alone(path: Path) -> list[str]:
+    """Modules that Windows lacks and that are imported with the module itself."""
+    found, waiting = [], [*ast.parse(path.read_text()).body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [node.module or ""]
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return sorted(
+        {"fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}.intersection(found)
+    )
+
+
+def test_windows_can_import_every_module(tmp_path):
+    assert {name: found for name, path in modules(PACKAGE).items() if (found := posix_alone(path))} == {}
+    (tmp_path / "module.py").write_text(
+        "if True:\n    import fcntl\ndef f():\n    import pwd\nfrom resource import x\n"
+    )
+    assert posix_alone(tmp_path / "module.py") == ["fcntl", "resource"]
+
+
 @pytest.mark.parametrize(
     ("module", "line", "target"),
     [
