@@ -65,8 +65,8 @@ def killed(folder: Path, moments: int, server: Server) -> dict[str, int]:
 
 
 def failing(folder: Path, server: Server, work: str, every: int) -> dict[str, int]:
-    """Every ``every``-th write of a piece of work fails, with the errors in turn, by turns alone and with all later ones;
-    then the work is given again."""
+    """Every ``every``-th write of a piece of work fails, with the errors in turn, by turns alone and with all later
+    ones; then the work is given again."""
     counts: collections.Counter[str] = collections.Counter()
     whole = folder / f"writes-{work}"
     fault = {"under": str(whole), "at": 0, "errno": 0, "stays": 0}
