@@ -61,16 +61,22 @@ def locate(package: Path, search: Iterable[str]) -> Path:
 
 
 def check_torch(extension: Path) -> None:
-    """Refuse an extension that was built for another release of torch: its binary interface may differ.
+    """Refuse an extension that was built for another release of torch, whose binary interface may differ, or has
+    kernels for another major version of CUDA.
 
     Raises:
-        ImportError: naming both releases.
+        ImportError: naming both.
     """
-    built = _record(extension.parent).get("torch", "an unknown version")
-    if _release(built) != _release(str(torch.__version__)):
+    record = _record(extension.parent)
+    built, cuda = record.get("torch", "an unknown version"), record.get("cuda")
+    running = f"torch {torch.__version__}"
+    if cuda is not None:
+        built, running = f"{built} with CUDA {cuda}", f"{running} with CUDA {torch.version.cuda or 'missing'}"
+    other_cuda = cuda is not None and cuda.split(".")[0] != str(torch.version.cuda).split(".")[0]
+    if other_cuda or _release(built) != _release(str(torch.__version__)):
         raise ImportError(
-            f"ilvae_fast's compiled extension {extension} was built for torch {built}, and torch {torch.__version__} "
-            f"is running. {cure(extension.parent)}"
+            f"ilvae_fast's compiled extension {extension} was built for torch {built}, and {running} is running. "
+            f"{cure(extension.parent)}"
         )
 
 

@@ -88,6 +88,18 @@ def test_another_torch_is_refused(tmp_path):
         check_torch(_installed(tmp_path / "unknown"))
 
 
+@pytest.mark.parametrize("running", ["12.8", None])
+def test_kernels_of_another_cuda_are_refused(tmp_path, monkeypatch, running):
+    built = _installed(tmp_path, torch=str(torch.__version__), cuda="13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    check_torch(built)
+    monkeypatch.setattr(torch.version, "cuda", running)
+    with pytest.raises(
+        ImportError, match=rf"with CUDA 13\.0, and torch .* with CUDA {running or 'missing'} is running"
+    ):
+        check_torch(built)
+
+
 def test_the_record_does_not_depend_on_the_order_of_files(tmp_path):
     """The order in which a file system lists them is not part of the sources."""
     made = []
