@@ -6,9 +6,13 @@ tests/aarch64 makes a program of them without torch. Where the cross-compiler or
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from ilvae_fast.operators.activations import encode
 
 ROOT = Path(__file__).parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+BUILD = ROOT / "build" / "aarch64"
 FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-UNDEBUG"]
 FUSED, POINTWISE, IN_BFLOAT16, WEIGHTS = range(4)
 
@@ -35,20 +40,29 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("aarch64")
+def program() -> Path:
+    """Compiled anew where a source has changed, by one of several test processes."""
+    here, kernels = ROOT / "tests" / "aarch64", ROOT / "csrc" / "cpu"
     names = ("fused", "fused_baseline", "pointwise", "pointwise_baseline", "instruction_set")
-    sources = [ROOT / "tests" / "aarch64" / "kernels.cpp", *(ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names)]
-    compilations = [
-        subprocess.Popen(
-            [COMPILER, *FLAGS, f"-I{ROOT / 'tests' / 'aarch64'}", f"-I{ROOT / 'csrc'}", "-c", source], cwd=folder
-        )
-        for source in sources
-    ]
-    assert [compilation.wait() for compilation in compilations] == [0] * len(sources)
-    objects = [f"{source.stem}.o" for source in sources]
-    subprocess.run([COMPILER, "-static", *objects, "-pthread", "-o", "kernels"], cwd=folder, check=True)
-    return folder / "kernels"
+    sources = [here / "kernels.cpp", *(kernels / f"{name}.cpp" for name in names)]
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(b"\0".join([version, *map(str.encode, FLAGS)]))
+    for path in sorted(path for folder in (here, kernels, ROOT / "csrc" / "core") for path in folder.rglob("*.*")):
+        digest.update(path.read_bytes())
+    target = BUILD / f"kernels-{digest.hexdigest()[:16]}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+                command = [COMPILER, *FLAGS, f"-I{here}", f"-I{ROOT / 'csrc'}", "-c"]
+                running = [subprocess.Popen([*command, source], cwd=folder) for source in sources]
+                assert [compilation.wait() for compilation in running] == [0] * len(sources)
+                objects = [f"{source.stem}.o" for source in sources]
+                link = [COMPILER, "-static", *objects, "-pthread", "-o", "kernels"]
+                subprocess.run(link, cwd=folder, check=True)
+                os.replace(Path(folder) / "kernels", target)
+    return target
 
 
 class Problem:
