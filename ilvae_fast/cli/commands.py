@@ -520,6 +520,10 @@ def _data_of(run: Path, config: TrainConfig, name: str | None, data_root: str | 
     if name is None and data_root is not None and is_file(config.data):
         kind, _, path = config.data.partition(":")
         name = f"{kind}:{os.path.basename(path)}"
+    kind = config.data.partition(":")[0]
+    if name is not None and (not is_file(config.data) or not name.startswith(f"{kind}:")):
+        wanted = f"{kind}:FILE, where the data of the run are now" if is_file(config.data) else "none: it has no file"
+        raise ValueError(f"data: got {name!r} for a run on {config.data}, wanted {wanted}")
     config = replace(config, data=name or config.data, data_root=data_root or config.data_root)
     dataset = load_dataset(config)
     if is_file(config.data) and (run / "data.json").is_file():

@@ -83,10 +83,10 @@ def located(
         path = os.path.expanduser(path)
         below = path if root is None else os.path.join(root, path)
         here = os.path.isfile(path) and not os.path.isfile(below)
-        return f"{kind}:{_absolute(path if here else below)}", data_root
+        return f"{kind}:{_absolute(path if here else below)}", None if data_root is None else root
     if "data_root" in inspect.signature(DATASETS[key]).parameters:
         return name, _absolute("data") if root is None else root
-    return name, data_root
+    return name, None if data_root is None else root
 
 
 def is_file(name: str) -> bool:

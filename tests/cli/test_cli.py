@@ -261,6 +261,9 @@ def test_a_run_works_from_any_folder_and_its_data_may_move(tmp_path, capsys, mon
     run_command(capsys, "sample", str(folder))  # which needs no data
     assert f"no file '{first / 'x.npz'}'" in run_command(capsys, "eval", str(folder), *FEW, status=2)
     run_command(capsys, "eval", str(folder), "--data", "npz:y.npz", *FEW)
+    assert "wanted npz:FILE, where the data of the run are now" in run_command(
+        capsys, "eval", str(folder), "--data", "digits", *FEW, status=2
+    )
     run_command(capsys, *again, "--data", "npz:y.npz")
     assert TrainConfig.from_yaml(folder / "config.yaml").data == f"npz:{second / 'y.npz'}"
     assert (folder / "metrics.json").read_text() == measures
@@ -321,6 +324,7 @@ def test_a_data_root_is_for_files_named_by_their_path_too(tmp_path, monkeypatch)
     assert (config.data, config.output) == (f"npz:{tmp_path / 'root' / 'both.npz'}", str(tmp_path / "here/runs/one"))
     assert TrainConfig(data="mnist").located().data_root == str(tmp_path / "root")
     assert TrainConfig(data="digits").located().data_root is None
+    assert TrainConfig(data="digits", data_root="x").located().data_root == str(tmp_path / "here" / "x")
 
 
 def test_report_shows_the_good_runs_and_lists_the_bad_ones(tmp_path, capsys):
@@ -417,6 +421,11 @@ def test_a_line_of_progress_comes_every_30_seconds(capsys, monkeypatch):
             now[0] += 1
             progress(step, 100, {"loss": 2.5} if step % 10 == 0 else {})
     assert capsys.readouterr().err.splitlines() == [f"a run: {step} of 100, loss 2.50" for step in (30, 60, 90)]
+
+
+def test_a_run_without_a_file_is_measured_on_its_own_data(capsys, finished):
+    printed = run_command(capsys, "eval", str(finished), "--data", "digits", *FEW, status=2)
+    assert printed == "error: data: got 'digits' for a run on toy, wanted none: it has no file\n"
 
 
 def test_eval_prints_json(capsys, finished):
