@@ -344,6 +344,9 @@ def _check_second_order(
     for name, tensor in (("x", x), ("skip_weight", skip_weight)):
         if tensor is None or not tensor.shape:
             raise ValueError(f"{name}: got a tensor without dimensions, wanted one with a last dimension")
+    for k, weight in enumerate(tensors[-layers:] if layers else ()):
+        if weight is None or weight.dim() != 2:
+            raise ValueError(f"weights[{k}]: got {None if weight is None else tuple(weight.shape)}, wanted a matrix")
     _check_bits("needed", needed, tensors)
     if len(cotangents) != count:
         raise ValueError(f"cotangents: got {len(cotangents)}, wanted {count}, one for each result")

@@ -56,6 +56,8 @@ def pull_back(
     Args:
         others: further tensors that ``function`` reads.
     """
+    if not primals:  # which torch refuses
+        return function(), lambda _: ()
     whole = [t for t in (*primals, *others) if t is not None]
     if transforms_active() or is_dynamo_compiling():
         return _vjp(function, *primals)

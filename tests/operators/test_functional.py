@@ -99,6 +99,16 @@ def test_jvp_equals_the_reference(case):
     assert_equal_to_rounding("derivative", ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("wrt", [(), ("inverse_lipschitz",), ("embedding",)], ids=str)
+def test_vjp_of_nothing_is_nothing(backend, wrt):
+    """Neither a constant that is a number nor an absent embedding has a gradient."""
+    tensors = SMALL.tensors(torch.float64)
+    options = {**tensors.options(), "inverse_lipschitz": 0.5, "wrt": wrt}
+    with il.use_backend(backend):
+        assert set(functional.brenier_map_vjp(*tensors.positional(), map_cotangent=tensors.v, **options)) == {None}
+
+
 CASE = Case(4, (5, 3), SMALL.activations, "none", (3,), 0.7, 1)
 SMOOTH = tuple(map(il.Activation, ("softplus", "smooth_leaky_relu", "softplus")))
 

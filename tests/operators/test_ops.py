@@ -111,6 +111,7 @@ SECOND_ORDER = {"training_terms_backward": training_terms_backward, "map_jvp_bac
         ({"cotangents": []}, "cotangents: got 0, wanted"),
         ({"x": torch.tensor(1.0, dtype=torch.float64)}, "x: got a tensor without dimensions"),
         ({"skip_weight": torch.tensor(1.0, dtype=torch.float64)}, "skip_weight: got a tensor without dimensions"),
+        ({"weights": [torch.ones(5)] * 2}, r"weights\[0\]: got \(5,\), wanted a matrix"),
         ({"wanted": 1 << 40}, "wanted: got 1099511627776"),
     ],
 )
