@@ -16,4 +16,4 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{package} is needed here and not installed: pip install ilvae_fast[{extra}]") from error
+        raise ImportError(f"{package} is needed here and not installed: pip install 'ilvae_fast[{extra}]'") from error

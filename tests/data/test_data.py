@@ -80,7 +80,7 @@ def test_the_split_is_always_the_same_and_mixes_the_classes():
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"sklearn is needed.*pip install ilvae_fast\[train\]"):
+    with pytest.raises(ImportError, match=r"sklearn is needed.*pip install 'ilvae_fast\[train\]'"):
         data.load("digits")
 
 
@@ -148,7 +148,7 @@ def test_missing_files_are_downloaded_once(tmp_path, small_mnist, monkeypatch):
         assert len(data.load("mnist", tmp_path / "new", download=True, verify=False).train) == 30
     assert fetched == [True]
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(ImportError, match=r"torchvision is needed.*pip install ilvae_fast\[download\]"):
+    with pytest.raises(ImportError, match=r"torchvision is needed.*pip install 'ilvae_fast\[download\]'"):
         data.load("fashion_mnist", tmp_path / "new", download=True)
 
 

@@ -157,7 +157,7 @@ def test_tied_weights_of_an_encoder_are_saved_once_and_tied_again(tmp_path, tied
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"safetensors is needed.*pip install ilvae_fast\[train\]"):
+    with pytest.raises(ImportError, match=r"safetensors is needed.*pip install 'ilvae_fast\[train\]'"):
         small_model().save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
