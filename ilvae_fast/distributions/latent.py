@@ -261,6 +261,10 @@ class GaussianMixture(Prior):
             self.register_buffer("log_variances", log_variances)
 
     def posterior(self, parameters: Tensor) -> GaussianMixturePosterior:
+        if parameters.dim() == 0:
+            raise ValueError(
+                f"parameters: got a tensor without dimensions, wanted (..., {self.num_posterior_parameters})"
+            )
         components = self.num_components
         logits, rest = parameters[..., :components], parameters[..., components:]
         means, log_variances = rest.unflatten(-1, (components, 2 * self.latent_dim)).chunk(2, -1)

@@ -16,16 +16,18 @@ Reduce: TypeAlias = "Callable[[Tensor], Tensor] | None"
 
 
 def batches(data: Data, batch_size: int) -> Iterator[Tensor]:
-    """Yield batches (n, ...) with n > 0.
+    """Yield batches (n, D) or (n, ...) with n > 0.
 
     Raises:
-        ValueError, TypeError: there is no datum; naming the argument.
+        ValueError, TypeError: there is no datum, or one alone, which would count as D of them; naming the argument.
     """
     batch_size = check_positive("batch_size", batch_size)
     parts = data.split(batch_size) if isinstance(data, Tensor) else data
     empty = True
     for batch in parts:
         x = batch if isinstance(batch, Tensor) else batch[0]
+        if x.dim() < 2:
+            raise ValueError(f"data: got shape {tuple(x.shape)}, wanted (n, D); unsqueeze(0) makes one")
         if len(x):
             empty = False
             yield x

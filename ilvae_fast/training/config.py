@@ -217,7 +217,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, which YAML holds; schedules and activations as their fields."""
-        return {f.name: _plain(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        try:
+            return {f.name: _plain(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        except RecursionError:
+            raise ValueError("got a value that contains itself, as YAML's &a [*a] does, wanted none") from None
 
     def updated(self, assignments: Sequence[str]) -> TrainConfig:
         """With fields set as by ``["epochs=3", "model_options.likelihood=gaussian"]``; values are YAML.

@@ -505,6 +505,13 @@ def test_empty_data_are_refused(measure, data):
         measure(Linear(3, 5).model, data)
 
 
+def test_a_single_datum_that_is_no_batch_is_refused():
+    """It would count as D of them."""
+    for measure in (metrics.mutual_information, metrics.active_units, metrics.kl_divergence, metrics.elbo):
+        with pytest.raises(ValueError, match=r"data: got shape \(7,\), wanted \(n, D\); unsqueeze\(0\) makes"):
+            measure(small_model(), batch())
+
+
 def test_bad_numbers_are_refused_by_name():
     linear = Linear(1, 2)
     with pytest.raises(ValueError, match="num_samples: got 0"):

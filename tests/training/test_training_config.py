@@ -106,6 +106,11 @@ def test_bad_fields_are_refused(tmp_path, assignment, message):
         small(tmp_path).updated([assignment])
 
 
+def test_a_value_that_contains_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got a value that contains itself"):
+        small(tmp_path).updated(["data_options.x=&a [*a]"])
+
+
 def test_assignments_that_are_no_texts_are_refused(tmp_path):
     with pytest.raises(TypeError, match="set: got 3, wanted FIELD=VALUE"):
         small(tmp_path).updated([3])
