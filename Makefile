@@ -13,11 +13,12 @@ BIN := .venv/bin
 DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 SOURCES := CMakeLists.txt $(wildcard cmake/*) setup.py ilvae_fast/_version.py ilvae_fast/operators/fingerprint.py $(shell find csrc -type f)
 
-.PHONY: help demo test docs lint format build wheel package lowest clean
+.PHONY: help demo test sanitize docs lint format build wheel package lowest clean
 help:
 	@echo "make demo    train VAE, LIDVAE and IL-LIDVAE on digits; report in runs/demo/report.html"
 	@echo "make test    all tests"
 	@echo "make docs    the documentation site, in build/site; needs no compiler"
+	@echo "make sanitize CPU kernels and operators under sanitizers of memory, undefined behaviour and threads"
 	@echo "make lint    format, lint and type checks        make format   apply formats"
 	@echo "make build   environment and extension alone     make clean    remove what was built"
 	@echo "make wheel   a wheel in dist/ for the torch of .venv, which it names and requires"
@@ -33,6 +34,9 @@ test: build
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
+
+sanitize: build
+	$(BIN)/python -m tests.sanitize
 
 lint: build
 	$(BIN)/ruff check .
