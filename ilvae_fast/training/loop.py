@@ -422,14 +422,14 @@ def reproduce(path: str | os.PathLike[str]) -> tuple[VAE, list[VAEOutput]]:
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = VAE(VAEConfig.from_dict(saved["config"]))
+        accept_constants(model)
+        model.load_state_dict(saved["model"])
+        torch.set_rng_state(saved["rng"]["cpu"])
     except OSError:
         raise
     except Exception as error:  # of damaged bytes torch raises errors of a dozen kinds
         raise ValueError(f"{os.fspath(path)}: is not a state that a diverged run left ({error})") from error
-    model = VAE(VAEConfig.from_dict(saved["config"]))
-    accept_constants(model)
-    model.load_state_dict(saved["model"])
-    torch.set_rng_state(saved["rng"]["cpu"])
     device = torch.device("cuda" if "cuda" in saved["rng"] and torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_rng_state(saved["rng"]["cuda"])

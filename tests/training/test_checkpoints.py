@@ -28,6 +28,7 @@ from ilvae_fast.training import TrainConfig, reproduce, train
 from ilvae_fast.training.state import Batches, Clock, Interrupts, Position, latest
 from ilvae_fast.vae import VAE
 from training_cases import OPTIONS, interrupted, small
+from vae_cases import small_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +133,7 @@ def test_a_damaged_state_of_a_diverged_run_is_named(tmp_path):
     path = tmp_path / "process0.pt"
     # the last two are programs that torch's reader starts, and fails within
     contents = (b"", b"PK\x03\x04", pickle.dumps(print), torch_bytes({"x": 3})[:-50], b"\x80\x02s.", b"\x80\x02M\x01")
-    for content in contents:
+    for content in (*contents, torch_bytes({"config": small_model().config.to_dict(), "model": {"x": torch.ones(1)}})):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^{path}: is not a state that a diverged run left"):
             reproduce(path)
