@@ -181,7 +181,8 @@ def run_study(
         on_run: called when a run ends with its name, how many have a file, how many there are, and what went wrong.
 
     Raises:
-        ValueError: a file of another configuration.
+        ValueError: a file of another configuration; data that are fewer than a run asks for.
+        FileNotFoundError: missing data.
     """
     check_number("jobs", jobs, least=1, whole=True)
     done = _finished(study, folder)
@@ -198,6 +199,7 @@ def run_study(
             on_run(cell.name, count, len(study.cells), record.get("error"))
 
     _summarise(study, folder, command)
+    _check_data(todo, data_root)
     if jobs == 1:
         for cell in todo:
             if seconds is not None and time.monotonic() - start > seconds:
@@ -220,6 +222,17 @@ def run_study(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _check_data(cells: Sequence[Cell], data_root: str | None) -> None:
+    """Load each data set once: what is missing, or too little, is to be known before hours of runs."""
+    seen = set()
+    for cell in cells:
+        config = TrainConfig.from_dict({**cell.fields, "data_root": data_root})
+        key = json.dumps([config.data, config.to_dict()["data_options"]], sort_keys=True)
+        if key not in seen:
+            load_dataset(config)
+            seen.add(key)
 
 
 def _end_with(parent: int) -> None:

@@ -129,6 +129,14 @@ def test_finished_runs_stay_and_a_part_is_a_study_too(tmp_path):
     assert float(rows[3]["best_nll"]) == record["measures"]["best"]["nll"]
 
 
+def test_missing_data_are_known_before_the_first_run(tmp_path):
+    more = {"model": {"more": {"model": "il-lidvae", "data_options": {"limit": 400}}}, "seed": [2]}
+    study = Study.from_yaml(written(tmp_path, grids=[*TOY["grids"], {"axes": more}]))
+    with pytest.raises(ValueError, match="limit, validation: got 400 and 20, wanted at most 300"):
+        run_study(study, tmp_path / "results", work=tmp_path / "work")
+    assert not (tmp_path / "results" / "runs").exists()
+
+
 def test_results_of_another_configuration_are_refused(tmp_path):
     study, folder = Study.from_yaml(written(tmp_path), quick=True), tmp_path / "results"
     run_study(study, folder, work=tmp_path / "work")
