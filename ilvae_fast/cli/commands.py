@@ -552,6 +552,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threading.excepthook = _in_a_thread
     try:
         app(args=arguments)
+    except SystemExit as ended:
+        if torch.distributed.is_initialized() and isinstance(ended.code, int | None):
+            torch.distributed.destroy_process_group()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            # Gloo's threads let go of tensors after their work is done. While the interpreter ends, that aborts the
+            # process (torch 2.14), and the launcher takes a run that has succeeded for a failure.
+            os._exit(ended.code or 0)
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
