@@ -26,6 +26,8 @@ def batches(data: Data, batch_size: int) -> Iterator[Tensor]:
     empty = True
     for batch in parts:
         x = batch if isinstance(batch, Tensor) else batch[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"data: got batches of {type(x).__name__}, wanted tensors (n, D), or tuples of them")
         if x.dim() < 2:
             raise ValueError(f"data: got shape {tuple(x.shape)}, wanted (n, D); unsqueeze(0) makes one")
         if len(x):

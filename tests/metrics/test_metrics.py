@@ -510,6 +510,8 @@ def test_a_single_datum_that_is_no_batch_is_refused():
     for measure in (metrics.mutual_information, metrics.active_units, metrics.kl_divergence, metrics.elbo):
         with pytest.raises(ValueError, match=r"data: got shape \(7,\), wanted \(n, D\); unsqueeze\(0\) makes"):
             measure(small_model(), batch())
+        with pytest.raises(TypeError, match=r"data: got batches of str, wanted tensors \(n, D\)"):
+            measure(small_model(), "data")
 
 
 def test_bad_numbers_are_refused_by_name():
