@@ -148,12 +148,6 @@ def _cell(mean: Mean | None) -> str:
     return f"{mean.mean:.4g}" if exact else f"{mean.mean:.4g} ± {mean.error:.2g}"
 
 
-def _axes(panels: int, kinds: int) -> tuple[Any, Any, Any]:
-    plt = require("matplotlib.pyplot", "train")
-    figure, axes = plt.subplots(kinds, panels, figsize=(3.6 * panels, 2.5 * kinds), squeeze=False, layout="constrained")
-    return plt, figure, axes
-
-
 def _saved(plt: Any, figure: Any) -> tuple[bytes, str]:
     content = io.BytesIO()
     figure.savefig(content, dpi=130, format="png", metadata={"Software": None})
@@ -161,75 +155,74 @@ def _saved(plt: Any, figure: Any) -> tuple[bytes, str]:
     return content.getvalue(), ".png"
 
 
-def _against(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[bytes, str]:
+Averages = list[tuple[Row, dict[str, Mean]]]
+DrawLine = Callable[[Any, Averages, str, str, str], None]  # axis, the line's cells, y, colour, name
+
+
+def _curves(rows: Sequence[Row], figure: Mapping[str, Any], draw_line: DrawLine) -> tuple[bytes, str]:
+    """A column of axes for each panel, one for each y, with one line for each value of ``lines``."""
     x, ys = figure["x"], list(figure["y"])
     panels = groups(rows, figure.get("panels"))
-    plt, picture, axes = _axes(len(panels), len(ys))
+    plt = require("matplotlib.pyplot", "train")
+    picture, axes = plt.subplots(
+        len(ys), len(panels), figsize=(3.6 * len(panels), 2.5 * len(ys)), squeeze=False, layout="constrained"
+    )
     for column, (panel, members) in enumerate(panels.items()):
-        averages = cells([rows[k] for k in members], [x, *ys])
-        lines: dict[str, list[Any]] = {}
-        for labels, means in averages:
+        lines: dict[str, Averages] = {}
+        for labels, means in cells([rows[k] for k in members], [x, *ys]):
             lines.setdefault(str(labels.get(figure.get("lines", ""), "")), []).append((labels, means))
-        for k, y in enumerate(ys):
-            axis = axes[k][column]
-            for number, (line, found) in enumerate(lines.items()):
-                colour = f"C{number}"
-                points = sorted((m[x].mean, m[y]) for _, m in found if x in m and y in m)
-                name = line or ("Brenier decoder" if column == 0 and k == 0 else None)
-                axis.errorbar(
-                    [p for p, _ in points], [m.mean for _, m in points], [m.error for _, m in points], fmt="o-",
-                    markersize=3, capsize=2, linewidth=1.2, color=colour, label=name,
-                )  # fmt: skip
-                for labels, means in found:
-                    if x not in means and y in means:
-                        level = means[y]
-                        label = f"{line} {labels.get('model', 'no L')}".strip()
-                        axis.axhline(level.mean, color=colour, linestyle="--", linewidth=1, label=label)
-                        if not math.isnan(level.error):
-                            axis.axhspan(level.mean - level.error, level.mean + level.error, color=colour, alpha=0.15)
-            if figure.get("scale") == "log":
-                axis.set_xscale("log")
-                axis.set_yscale("log")
-            else:
-                axis.set_xscale("symlog", linthresh=0.1)
-                axis.set_xlim(left=0)
+        for axis, y in zip(axes[:, column], ys, strict=True):
+            for number, (name, found) in enumerate(lines.items()):
+                draw_line(axis, found, y, f"C{number}", name)
             axis.set_ylabel(TITLES.get(y, y) if column == 0 else "")
             axis.grid(alpha=0.3)
         axes[0][column].set_title(panel)
         axes[-1][column].set_xlabel(TITLES.get(x, x))
     axes[0][0].legend(fontsize=7)
     return _saved(plt, picture)
+
+
+def _against(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[bytes, str]:
+    x = figure["x"]
+
+    def draw_line(axis: Any, found: Averages, y: str, colour: str, name: str) -> None:
+        points = sorted((m[x].mean, m[y]) for _, m in found if x in m and y in m)
+        axis.errorbar(
+            [at for at, _ in points], [m.mean for _, m in points], [m.error for _, m in points], fmt="o-",
+            markersize=3, capsize=2, linewidth=1.2, color=colour, label=name or "Brenier decoder",
+        )  # fmt: skip
+        for labels, means in found:
+            if x not in means and y in means:
+                level, label = means[y], f"{name} {labels.get('model', 'no L')}".strip()
+                axis.axhline(level.mean, color=colour, linestyle="--", linewidth=1, label=label)
+                if not math.isnan(level.error):
+                    axis.axhspan(level.mean - level.error, level.mean + level.error, color=colour, alpha=0.15)
+        if figure.get("scale") == "log":
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+        else:
+            axis.set_xscale("symlog", linthresh=0.1)
+            axis.set_xlim(left=0)
+
+    return _curves(rows, figure, draw_line)
 
 
 def _plane(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[bytes, str]:
-    x, ys = figure["x"], list(figure["y"])
-    panels = groups(rows, figure.get("panels"))
-    plt, picture, axes = _axes(len(panels), len(ys))
-    for column, (panel, members) in enumerate(panels.items()):
-        averages = cells([rows[k] for k in members], [x, *ys])
-        lines: dict[str, list[Any]] = {}
-        for labels, means in averages:
-            lines.setdefault(str(labels.get(figure["lines"], "")), []).append((labels, means))
-        for k, y in enumerate(ys):
-            axis = axes[k][column]
-            for number, (line, found) in enumerate(lines.items()):
-                points = sorted((m[x], m[y], labels) for labels, m in found if x in m and y in m)
-                axis.errorbar(
-                    [p.mean for p, _, _ in points], [m.mean for _, m, _ in points], [m.error for _, m, _ in points],
-                    [p.error for p, _, _ in points], fmt="o-" if len(points) > 1 else "*", markersize=4, linewidth=1.2,
-                    color=f"C{number}", label=line,
-                )  # fmt: skip
-                for p, m, labels in points:
-                    axis.annotate(
-                        labels.get(figure.get("points", ""), ""), (p.mean, m.mean), fontsize=5, color=f"C{number}",
-                        textcoords="offset points", xytext=(3, 3),
-                    )  # fmt: skip
-            axis.set_ylabel(TITLES.get(y, y) if column == 0 else "")
-            axis.grid(alpha=0.3)
-        axes[0][column].set_title(panel)
-        axes[-1][column].set_xlabel(TITLES.get(x, x))
-    axes[0][0].legend(fontsize=7)
-    return _saved(plt, picture)
+    x = figure["x"]
+
+    def draw_line(axis: Any, found: Averages, y: str, colour: str, name: str) -> None:
+        points = [(m[x], m[y], labels.get(figure.get("points", ""), "")) for labels, m in found if x in m and y in m]
+        points.sort(key=lambda point: point[0].mean)
+        axis.errorbar(
+            [at.mean for at, _, _ in points], [m.mean for _, m, _ in points], [m.error for _, m, _ in points],
+            [at.error for at, _, _ in points], fmt="o-" if len(points) > 1 else "*", markersize=4, linewidth=1.2,
+            color=colour, label=name,
+        )  # fmt: skip
+        for at, m, text in points:
+            offset = {"textcoords": "offset points", "xytext": (3, 3)}
+            axis.annotate(text, (at.mean, m.mean), fontsize=5, color=colour, **offset)
+
+    return _curves(rows, figure, draw_line)
 
 
 def _pictures(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path) -> tuple[bytes, str]:
