@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from .._support.checks import check_number
-from .._support.files import write_atomically
+from .._support.files import read_json, write_atomically
 from .._support.options import check_names
 from .._version import __version__
 from ..data import Dataset
@@ -152,8 +152,8 @@ def _merged(layers: Sequence[Fields]) -> dict[str, Any]:
     for layer in layers:
         for name, value in layer.items():
             old = result.get(name)
-            both = isinstance(value, Mapping) and isinstance(old, Mapping)
-            result[name] = _merged([old, value]) if both else value  # type: ignore[list-item]
+            nested = isinstance(value, Mapping) and isinstance(old, Mapping)
+            result[name] = _merged((old or {}, value)) if nested else value
     return result
 
 
@@ -302,14 +302,12 @@ def _kept(model: VAE, dataset: Dataset, keep: Fields, path: Path) -> dict[str, A
         return {"texts": {name: dataset.to_text(tokens) for name, tokens in texts.items()}}
     if len(dataset.shape) == 2 and dataset.unit_range:
         arrays = {"samples": drawn, "data": x, "reconstructions": again}
+        pictures: dict[str, Any] = {
+            name: a.mul(255).round().to(torch.uint8).reshape(*a.shape[:-1], *dataset.shape).numpy()
+            for name, a in arrays.items()
+        }
         content = io.BytesIO()
-        np.savez_compressed(
-            content,
-            **{  # type: ignore[arg-type]
-                name: a.mul(255).round().to(torch.uint8).reshape(*a.shape[:-1], *dataset.shape).numpy()
-                for name, a in arrays.items()
-            },
-        )
+        np.savez_compressed(content, **pictures)
         write_atomically(path, content.getvalue())
     return {}
 
@@ -325,29 +323,24 @@ def records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         FileNotFoundError: there is none; says how to make them.
         ValueError: a damaged file.
     """
-    found = []
-    for name in names:
-        path = folder / "runs" / f"{name}.json"
-        if not path.is_file():
-            continue
-        try:
-            found.append(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path}: is damaged ({error}); remove it, and the study makes it again") from error
+    found = _records(folder, names)
     if not found:
         raise FileNotFoundError(f"results: no runs in {os.fspath(folder)!r}; `ilvae-fast study FILE` makes them")
     return found
 
 
+def _records(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    paths = [folder / "runs" / f"{name}.json" for name in names]
+    return [read_json(path, "remove it, and the study makes it again") for path in paths if path.is_file()]
+
+
 def _finished(study: Study, folder: Path) -> set[str]:
     """Names of the runs that have a file."""
-    done = set()
-    for cell in study.cells:
-        path = folder / "runs" / f"{cell.name}.json"
-        if not path.is_file():
-            continue
-        old = TrainConfig.from_dict(json.loads(path.read_text())["config"])
+    cells, done = {cell.name: cell for cell in study.cells}, set()
+    for record in _records(folder, list(cells)):
+        cell, old = cells[record["name"]], TrainConfig.from_dict(record["config"])
         if _of_a_run(old) != _of_a_run(TrainConfig.from_dict(cell.fields)):
+            path = folder / "runs" / f"{cell.name}.json"
             raise ValueError(
                 f"{path}: is of another configuration than the study's; remove it to run it again, or choose another "
                 "--output"
@@ -359,8 +352,7 @@ def _finished(study: Study, folder: Path) -> set[str]:
 def _summarise(study: Study, folder: Path, command: str) -> None:
     """Write runs.csv and study.json."""
     names = [cell.name for cell in study.cells]
-    found = [json.loads(path.read_text()) for name in names if (path := folder / "runs" / f"{name}.json").is_file()]
-    rows = [row(record) for record in found]
+    rows = [row(record) for record in _records(folder, names)]
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, dict.fromkeys(name for r in rows for name in r), lineterminator="\n")

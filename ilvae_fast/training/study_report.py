@@ -126,7 +126,7 @@ def _slopes(rows: list[Row], runs: Any, figure: Mapping[str, Any], folder: Path)
     text.write(_line(["---"] * (2 + len(ys))))
     for name, members in groups(rows, label).items():
         seeds = groups([rows[k] for k in members], "seed")
-        fitted = {y: [] for y in ys}  # type: ignore[var-annotated]
+        fitted: dict[str, list[float]] = {y: [] for y in ys}
         for chosen in seeds.values():
             these = [rows[members[k]] for k in chosen]
             for y in ys:

@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -42,8 +43,8 @@ def main() -> int:
     return 0
 
 
-def run(*command: str | Path, **options: object) -> None:
-    done = subprocess.run(list(map(str, command)), check=False, **options)  # type: ignore[call-overload]
+def run(*command: str | Path, **options: Any) -> None:
+    done = subprocess.run(list(map(str, command)), check=False, **options)
     if done.returncode:
         raise SystemExit(f"make sanitize: failed (see above): {' '.join(map(str, command))}")
 
